@@ -1,0 +1,337 @@
+"""Every knob on one page: frozen dataclasses, then a YAML file, then ``key=value`` overrides.
+
+``load`` gives a plain frozen object; nothing outside this module sees OmegaConf. A YAML file states only its
+difference from the defaults below, and the sentence under each field is the manual.
+"""
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: what, where, accepted values, what to do. The CLI prints it and exits with 2."""
+
+
+T = TypeVar("T")
+Policy = Literal["none", "tracin", "tracin_cosine", "feature", "random", "oracle"]
+
+
+def _require(condition: bool, key: str, value: object, accepted: str) -> None:
+    if not condition:
+        raise UserError(f"{key}={value} is out of range: accepted is {accepted}.")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    preset: Literal["dermoscopy", "xray"] = "dermoscopy"
+    """Modality whose ranges are the defaults of the fields below (tracekin.data.augment.PRESETS)."""
+    crop_min: float | None = None
+    """Smallest share of the image's area that a random crop keeps, in (0, 1]."""
+    jitter: float | None = None
+    """Strength of colour jitter: 1 is BYOL's (brightness .4, contrast .4, saturation .2, hue .1), 0 is none."""
+    grey: float | None = None
+    """Probability of turning a view grey."""
+    blur: tuple[float, float] | None = None
+    """Probability of a Gaussian blur in the first and the second view (BYOL: 1.0, 0.1)."""
+    solarise: tuple[float, float] | None = None
+    """Probability of solarisation in the first and the second view (BYOL: 0, 0.2)."""
+
+    def __post_init__(self) -> None:
+        if self.crop_min is not None:
+            _require(0 < self.crop_min <= 1, "data.augment.crop_min", self.crop_min, "0 < x <= 1")
+        if self.jitter is not None:
+            _require(0 <= self.jitter <= 2, "data.augment.jitter", self.jitter, "0 <= x <= 2")
+        for key in ("grey", "blur", "solarise"):
+            value = getattr(self, key)
+            for p in () if value is None else value if isinstance(value, tuple | list) else (value,):
+                _require(0 <= p <= 1, f"data.augment.{key}", value, "probabilities, 0 <= p <= 1")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    manifest: str = "data/phantom/manifest.json"
+    """The manifest.json that shards.pack wrote. Pretraining reads its train split only."""
+    image_size: int = 64
+    """Side of the square views, pixels."""
+    channels: Literal[1, 3] = 3
+    """Channels the encoder sees; images are converted."""
+    workers: int = 1
+    """Loader processes a rank; 0 loads in the rank itself."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        _require(8 <= self.image_size <= 2048, "data.image_size", self.image_size, "8 to 2048 pixels")
+        _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet18"
+    """torchvision's ResNet; its classifier is removed, features are those after global pooling."""
+    small_stem: bool = False
+    """3x3 stride-1 stem without max pooling, for images of about 32 pixels (four times finer, 16 times the work)."""
+    projector_hidden: int = 4096
+    """Width of the projector's hidden layer."""
+    projection: int = 256
+    """Width of the projections and predictions that the loss compares."""
+    predictor_hidden: int = 4096
+    """Width of the predictor's hidden layer; the influence factors are this wide."""
+
+    def __post_init__(self) -> None:
+        for key in ("projector_hidden", "projection", "predictor_hidden"):
+            _require(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "1 or more")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    name: Literal["byol"] = "byol"
+    tau_base: float = 0.99
+    """The target's EMA decay at step 0; it rises to 1 on a cosine (BYOL: 0.996 for 1000 epochs, 0.99 for 300 or fewer)."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.tau_base <= 1, "objective.tau_base", self.tau_base, "0 <= x <= 1")
+
+
+@dataclass(frozen=True)
+class MiningConfig:
+    policy: Policy = "tracin"
+    """Score that chooses the additional positive; `none` is plain BYOL."""
+    weight: float = 0.25
+    """Weight of the mined term beside the BYOL loss (our reading of the paper)."""
+    warmup: float = 0.1
+    """Share of all steps, from the first, that run without the mined term."""
+    exclude_group: bool = True
+    """Never mine an image of the anchor's own group (patient, lesion)."""
+
+    def __post_init__(self) -> None:
+        _require(self.weight >= 0, "mining.weight", self.weight, "0 or more")
+        _require(0 <= self.warmup <= 1, "mining.warmup", self.warmup, "0 <= x <= 1")
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    name: Literal["sgd", "adamw", "lars"] = "sgd"
+    """LARS is for large batches; under AdamW the mined product is gradient similarity, not first-order influence."""
+    lr: float = 0.5
+    """Peak learning rate at a global batch of 256. SGD and LARS scale it by batch/256, AdamW takes it as it is."""
+    weight_decay: float = 1e-5
+    """Weight decay; never applied to biases and batch norms."""
+    momentum: float = 0.9
+    """Momentum of SGD and LARS; beta_1 of AdamW."""
+    warmup_epochs: float = 1.0
+    """Epochs of linear warm-up before the cosine decay to 0."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optimiser.lr", self.lr, "above 0")
+        _require(self.weight_decay >= 0, "optimiser.weight_decay", self.weight_decay, "0 or more")
+        _require(0 <= self.momentum < 1, "optimiser.momentum", self.momentum, "0 <= x < 1")
+        _require(self.warmup_epochs >= 0, "optimiser.warmup_epochs", self.warmup_epochs, "0 or more")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    epochs: int = 100
+    """Passes over the train split."""
+    global_batch: int = 256
+    """Images a step over all ranks; each rank takes an equal share. Images that cannot fill a last batch are dropped."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16 autocasts the backbones and the online heads; weights, reductions and influence stay fp32."""
+    zero_stage: Literal[0, 1, 2] = 0
+    """DeepSpeed ZeRO: 0 replicates, 1 shards the optimiser state, 2 the gradients too."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl; each line averages the steps since the line before."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay on disk."""
+    threads: int = 0
+    """CPU threads a rank; 0 shares this machine's cores equally among its ranks."""
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "global_batch", "log_every", "keep_checkpoints"):
+            _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
+        _require(self.threads >= 0, "train.threads", self.threads, "0 or more")
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    """Weights & Biases mode; offline files lie in the run folder until they are synced."""
+    project: str = "tracekin"
+    """Weights & Biases project."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One pretraining run."""
+
+    name: str = "pretrain"
+    """The run's name; it lies in `folder`/`name`."""
+    folder: str = "runs"
+    """Folder of the runs."""
+    seed: int = 0
+    """Seed of the weights, the sample order and every augmentation."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    mining: MiningConfig = field(default_factory=MiningConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+    def __post_init__(self) -> None:
+        parts = Path(self.name).parts
+        if not self.name or Path(self.name).is_absolute() or ".." in parts:
+            raise UserError(f"name={self.name!r} is not a name: it must be a relative path inside folder={self.folder}.")
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.folder) / self.name
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Scores of a finished run's encoder: bank and probe on train, choices on val, score on test."""
+
+    manifest: str | None = None
+    """Score on this manifest instead of the run's own."""
+    knn_k: int = 20
+    """Neighbours that vote."""
+    knn_temperature: float = 0.07
+    """T in the vote's weight exp(cosine / T)."""
+    linear_c: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
+    """Inverse regularisation strengths of the linear probe; the best on val is scored on test."""
+    bootstrap: int = 1000
+    """Bootstrap replicates, drawn by group, behind each standard error and 95 % interval."""
+    batch: int = 256
+    """Images a forward pass."""
+    workers: int = 2
+    """Loader processes."""
+    baselines: bool = True
+    """Also score the untrained encoder and the 8x8 pixels."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+
+    def __post_init__(self) -> None:
+        for key in ("knn_k", "bootstrap", "batch"):
+            _require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        _require(self.knn_temperature > 0, "knn_temperature", self.knn_temperature, "above 0")
+        _require(len(self.linear_c) > 0 and min(self.linear_c, default=0) > 0, "linear_c", self.linear_c, "above 0")
+        _require(self.workers >= 0, "workers", self.workers, "0 or more")
+
+
+def load(schema: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Build a config: the schema's defaults, then the YAML file, then ``key=value`` overrides.
+
+    Args:
+        schema: a frozen dataclass.
+        path: YAML file that states its difference from the defaults, or None.
+        overrides: ``key=value`` with dots between levels and YAML values, such as ``train.epochs=3``.
+
+    Returns:
+        A plain ``schema`` object.
+
+    Raises:
+        UserError: missing or unreadable file, unknown key (with a suggestion), wrong type, value out of range.
+    """
+    merged = OmegaConf.structured(schema)
+    if path is not None:
+        merged = _merge(schema, merged, _read_yaml(Path(path)), str(path))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"{override!r} is not an override: write key=value, for example train.epochs=3.")
+        try:
+            parsed: Any = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"the value in {override!r} is not YAML: {_first_line(error)}.") from None
+        for part in reversed(key.split(".")):
+            parsed = {part: parsed}
+        merged = _merge(schema, merged, parsed, "the command line")
+    try:
+        loaded: T = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path or 'the configuration'}: {_first_line(error)}.") from None
+    return loaded
+
+
+def save(config: object, path: str | Path) -> None:
+    """Write a config object as YAML, every key resolved."""
+    Path(path).write_text(to_yaml(config), encoding="utf-8")
+
+
+def to_yaml(config: object) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: object) -> dict[str, Any]:
+    """The config as plain nested dictionaries, lists and scalars."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"no such config file: {path}.{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read config file {path}: {error}.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {type(content).__name__}, not key: value lines.")
+    return content
+
+
+def _merge(schema: type, base: Any, extra: dict[str, Any], where: str) -> Any:
+    _check_keys(schema, extra, "", where)
+    try:
+        return OmegaConf.merge(base, extra)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise UserError(f"{where}: {key}: {_first_line(error)}." if key else f"{where}: {_first_line(error)}.") from None
+
+
+def _check_keys(schema: type, extra: dict[str, Any], prefix: str, where: str) -> None:
+    known = {f.name: f for f in fields(schema)}
+    for key, value in extra.items():
+        full = f"{prefix}{key}"
+        if key not in known:
+            every = _all_keys(schema, prefix)
+            near = difflib.get_close_matches(full, every, 1, 0.6) or [
+                k for k in _all_keys(Config, "") if k.split(".")[-1] == key and schema is Config
+            ][:1]
+            hint = f"did you mean {near[0]}?" if near else f"accepted here: {', '.join(known)}."
+            raise UserError(f"{where}: unknown key {full}; {hint}")
+        inner = known[key].type
+        if isinstance(inner, type) and is_dataclass(inner):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: {full} is a section, not a value; accepted in it: {', '.join(f.name for f in fields(inner))}.")
+            _check_keys(inner, value, f"{full}.", where)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where}: {full}={value} is not a finite number.")
+
+
+def _all_keys(schema: type, prefix: str) -> list[str]:
+    keys = []
+    for f in fields(schema):
+        keys.append(prefix + f.name)
+        if isinstance(f.type, type) and is_dataclass(f.type):
+            keys += _all_keys(f.type, f"{prefix}{f.name}.")
+    return keys
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".")

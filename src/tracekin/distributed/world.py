@@ -1,0 +1,61 @@
+"""Rank arithmetic as a value: a partition over a thousand nodes is tested on one CPU with no process.
+
+In ``src`` this is the only reader of RANK and SLURM_* variables.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tracekin.config import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among all processes of a run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.size, self
+        assert 0 <= self.local_rank < self.local_size <= self.size, self
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """This rank's contiguous, equal share of ``count`` things.
+
+        Raises:
+            UserError: if the ranks do not divide ``count``.
+        """
+        if count % self.size:
+            raise UserError(f"{count} images a step cannot be divided among {self.size} ranks; use a multiple of {self.size}.")
+        each = count // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+
+def world_from_environment(environment: Mapping[str, str] | None = None) -> World:
+    """The world that torchrun (RANK, WORLD_SIZE, ...) or srun (SLURM_PROCID, SLURM_NTASKS, ...) announces; else of one.
+
+    Raises:
+        UserError: if a variable of the launcher is missing or no number.
+    """
+    env = os.environ if environment is None else environment
+    if "RANK" in env and "WORLD_SIZE" in env:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    elif "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+    else:
+        return World()
+    try:
+        rank, size, local_rank = (int(env[name]) for name in names[:3])
+        # SLURM_STEP_TASKS_PER_NODE reads "4(x2),3": the first entry serves homogeneous jobs, which ours are.
+        local_size = int(env.get(names[3], str(size)).split("(")[0].split(",")[0])
+        return World(rank, size, local_rank, local_size)
+    except (KeyError, ValueError, AssertionError) as error:
+        raise UserError(f"the launcher's variables {', '.join(names)} do not describe a rank: {error!r}.") from None
