@@ -120,8 +120,8 @@ class MiningConfig:
 class OptimiserConfig:
     name: Literal["sgd", "adamw", "lars"] = "sgd"
     """LARS is for large batches; under AdamW the mined product is gradient similarity, not first-order influence."""
-    lr: float = 0.5
-    """Peak learning rate at a global batch of 256. SGD and LARS scale it by batch/256, AdamW takes it as it is."""
+    lr: float | None = None
+    """Peak learning rate: per 256 images a step for SGD (default 0.5) and LARS (0.3), as it is for AdamW (0.001)."""
     weight_decay: float = 1e-5
     """Weight decay; never applied to biases and batch norms."""
     momentum: float = 0.9
@@ -130,7 +130,7 @@ class OptimiserConfig:
     """Epochs of linear warm-up before the cosine decay to 0."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optimiser.lr", self.lr, "above 0")
+        _require(self.lr is None or self.lr > 0, "optimiser.lr", self.lr, "above 0")
         _require(self.weight_decay >= 0, "optimiser.weight_decay", self.weight_decay, "0 or more")
         _require(0 <= self.momentum < 1, "optimiser.momentum", self.momentum, "0 <= x < 1")
         _require(self.warmup_epochs >= 0, "optimiser.warmup_epochs", self.warmup_epochs, "0 or more")

@@ -22,6 +22,10 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 @torch.no_grad()
 def gather(tensor: Tensor, dim: int = 0, traffic: Traffic | None = None) -> Tensor:
     """Concatenate the ranks' tensors (same shape and dtype everywhere) along ``dim`` in rank order, on every rank."""

@@ -1,0 +1,103 @@
+"""Checkpoints: safetensors and JSON, free of the world size and the ZeRO stage.
+
+A checkpoint is a folder ``checkpoints/step-00000123``: model.safetensors (online and target network),
+optimiser.safetensors, state.json. It is written under another name, flushed to disk and renamed; ``latest`` moves last,
+so a kill at any moment leaves either the old or the new one.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tracekin.config import UserError
+
+PARTS = ("model", "optimiser")
+
+
+def save(run_folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint (one process calls this) and remove all but the ``keep`` newest.
+
+    Args:
+        run_folder: the run's folder.
+        step: optimiser steps done.
+        parts: tensors by name, for each of PARTS.
+        state: JSON values; stored with ``step``.
+        keep: checkpoints that stay.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    folder = run_folder / "checkpoints"
+    final = folder / f"step-{step:08d}"
+    partial = folder / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for part in PARTS:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parts[part].items()}
+        save_file(tensors, partial / f"{part}.safetensors")
+    (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
+    for file in partial.iterdir():
+        _flush(file)
+    _flush(partial)
+    if final.exists():  # the same step, written by an earlier attempt that was rolled back
+        shutil.rmtree(final)
+    partial.rename(final)
+    pointer = folder / ".latest.partial"
+    pointer.write_text(final.name + "\n", encoding="utf-8")
+    _flush(pointer)
+    pointer.rename(folder / "latest")
+    _flush(folder)
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest(run_folder: Path) -> Path | None:
+    """The newest complete checkpoint: the one ``latest`` names, or where that fails the highest step; None if none."""
+    folder = run_folder / "checkpoints"
+    try:
+        named = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+        if named != folder and (named / "state.json").is_file():
+            return named
+    except OSError:
+        pass
+    complete = [path for path in sorted(folder.glob("step-*")) if (path / "state.json").is_file()]
+    return complete[-1] if complete else None
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    return state
+
+
+def load_part(checkpoint: Path, part: str) -> dict[str, Tensor]:
+    """The tensors of one of PARTS, on the CPU.
+
+    Raises:
+        UserError: if the file is missing or damaged.
+    """
+    path = checkpoint / f"{part}.safetensors"
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except Exception as error:  # safetensors' own exception type, or OSError: a damaged file either way
+        raise UserError(f"cannot read {path}: {error}. Remove {checkpoint} to go on from the checkpoint before.") from None
+    return tensors
+
+
+def load_model(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
+    """The model tensors whose name starts with ``prefix``, without it: ``online.backbone.`` gives the encoder."""
+    tensors = load_part(checkpoint, "model")
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,96 @@
+"""Batch norm over the global batch, on GPU and CPU: what makes W ranks equal one process."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tracekin.distributed import collectives
+
+
+class CrossRankBatchNorm(nn.SyncBatchNorm):
+    """torch's SyncBatchNorm, which refuses CPU tensors, with a CPU path of the same meaning."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.is_cuda or not self.training or collectives.world_size() == 1:
+            return super().forward(input)
+        assert self.momentum is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        return _CrossRankNorm.apply(  # type: ignore[no-any-return]
+            input, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps
+        )
+
+
+def convert_batch_norms(module: nn.Module) -> nn.Module:
+    """Replace every BatchNorm inside ``module`` in place; parameters and buffers are kept. Returns the module."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+            norm = CrossRankBatchNorm(child.num_features, child.eps, child.momentum)
+            norm.load_state_dict(child.state_dict())
+            setattr(module, name, norm)
+        else:
+            convert_batch_norms(child)
+    return module
+
+
+class _CrossRankNorm(torch.autograd.Function):
+    """y = (x - m) / sqrt(v + eps) w + b with m, v over the samples of all ranks.
+
+    Every pass over the activations is one of torch's fused kernels, which read bf16 and compute in fp32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        local_count = x.numel() // x.shape[1]
+        local_mean, local_var = torch.ops.aten.batch_norm_update_stats(
+            x, torch.zeros_like(running_mean), torch.ones_like(running_var), 0.0
+        )
+        # Means and variances are merged, not sums of squares, which cancel (Chan et al. 1979).
+        packed = torch.cat([local_mean, local_var, local_mean.new_tensor([local_count])])
+        means, variances, counts = collectives.gather(packed[None]).split([x.shape[1], x.shape[1], 1], dim=1)
+        count = counts.sum()
+        mean = (counts * means).sum(0) / count
+        var = (counts * (variances + (means - mean).square())).sum(0) / count
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * (count / (count - 1)), momentum)
+        ctx.save_for_backward(x, weight, mean, var, count)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, var, count = ctx.saved_tensors
+        # In evaluation mode the kernel gives dy w / sqrt(v + eps) and this rank's sums of dy x^ and dy.
+        direct, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad_outputs[0].contiguous(memory_format=_format(x)),
+            x,
+            weight,
+            mean,
+            var,
+            None,
+            None,
+            False,
+            ctx.eps,
+            [True, True, True],
+        )
+        mean_dy_xhat, mean_dy = (collectives.total(torch.stack([grad_weight, grad_bias])) / count).unbind()
+        scale = -weight * (var + ctx.eps).rsqrt()
+        # What flows back through the mean and the variance, -w / sqrt(v + eps) (mean dy x^ . x^ + mean dy), is affine in x.
+        through = F.batch_norm(x, mean, var, scale * mean_dy_xhat, scale * mean_dy, training=False, eps=ctx.eps)
+        return direct.add_(through), grad_weight, grad_bias, None, None, None, None
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format

@@ -1,0 +1,83 @@
+"""Step metrics, summed on the device and read once a log line; phase timings for CPU and CUDA."""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from tracekin.distributed import collectives
+
+
+class Clock:
+    """Seconds spent in named phases. On CUDA phases are timed by events, so that nothing waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def phase(self, name: str, host: bool = False) -> Iterator[None]:
+        """Time the block; ``host`` asks for wall time on the host even where the device is a GPU."""
+        if self.cuda and not host:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self.pending.append((name, start, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self.seconds[name] += time.perf_counter() - began
+
+    def flush(self) -> dict[str, float]:
+        """Seconds by phase since the last flush."""
+        if self.pending:
+            torch.cuda.synchronize()
+        for name, start, end in self.pending:
+            self.seconds[name] += start.elapsed_time(end) / 1000
+        self.pending.clear()
+        seconds = dict(self.seconds)
+        self.seconds.clear()
+        return seconds
+
+
+class Meter:
+    """Running sums of scalars on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, **values: Tensor | float) -> None:
+        """Add one scalar a name; every rank must use the same names in the same order."""
+        for name, value in values.items():
+            value = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def flush(self) -> dict[str, float]:
+        """Sums over steps and ranks since the last flush: one all-reduce, one copy to the host."""
+        if not self.sums:
+            return {}
+        totals = collectives.total(torch.stack(list(self.sums.values()))).tolist()
+        names, self.sums = list(self.sums), {}
+        return dict(zip(names, totals, strict=True))
+
+
+def spread(target_BD: Tensor) -> dict[str, float]:
+    """Collapse monitors of the global batch's projections.
+
+    target_std: standard deviation of the unit vectors' coordinates, mean over D, times sqrt(D): 1 when spread evenly,
+    0 when collapsed. effective_rank: exp(entropy) of the centred unit vectors' singular values (Roy and Vetterli 2007).
+    """
+    unit_BD = torch.nn.functional.normalize(target_BD.float(), dim=1)
+    centred_BD = unit_BD - unit_BD.mean(0)
+    std = centred_BD.square().mean(0).sqrt().mean() * math.sqrt(target_BD.shape[1])
+    singular = torch.linalg.svdvals(centred_BD)
+    share = singular / singular.sum().clamp(min=torch.finfo(singular.dtype).tiny)
+    entropy = -(share * share.clamp(min=1e-12).log()).sum()
+    return {"target_std": float(std), "effective_rank": float(entropy.exp())}
