@@ -1,0 +1,68 @@
+"""Per-sample gradients of the BYOL loss at the predictor's last Linear layer, as factors and in closed form.
+
+Shape suffixes: V views, B images, H width of the layer's input, D width of its output.
+
+With p = W h + b and l_i = sum over u of [2 - 2 cos(p_i^u, t_i^u)], the gradient of image i is
+dl_i/dW = sum over u of delta_i^u (h_i^u)^T and dl_i/db = sum over u of delta_i^u. It is exact there because the
+predictor's batch norm lies before that layer; for earlier layers batch norm couples the samples.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tracekin.influence.precision import exact, widen
+
+EPSILON = 1e-12
+"""A prediction or target shorter than this counts as zero (torch.nn.functional.normalize uses the same number)."""
+
+
+class Factors(NamedTuple):
+    """The two factors of each image's gradient."""
+
+    hidden: Tensor
+    """[V, B, H] input of the layer; fp32, or float64."""
+    delta: Tensor
+    """[V, B, D] gradient of the image's own loss at the layer's output; fp32, or float64."""
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """``vectors`` over their length along the last dimension; zero vectors stay zero."""
+    length: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / length.clamp_min(EPSILON)
+
+
+def gradient_factors(hidden: Tensor, prediction: Tensor, target: Tensor) -> Factors:
+    """Factors of the per-sample gradients: delta = -(2/|p|) (t^ - (p^ . t^) p^), with ^ for unit vectors.
+
+    Args:
+        hidden: [V, B, H] input of the predictor's last layer, any float dtype.
+        prediction: [V, B, D] its output, before any normalisation.
+        target: [V, B, D]; target[u] is the vector that prediction[u] is compared with, so the other view's.
+
+    Returns:
+        Factors in fp32 (float64 stays float64), detached. Zero predictions and zero targets give a delta of 0.
+    """
+    with exact(prediction.device):
+        p_VBD, t_VBD = widen(prediction), unit(widen(target))
+        length = torch.linalg.vector_norm(p_VBD, dim=-1, keepdim=True)
+        direction = unit(p_VBD)
+        tangent = t_VBD - (direction * t_VBD).sum(-1, keepdim=True) * direction
+        delta = torch.where(length > EPSILON, -2 / length.clamp_min(EPSILON), 0) * tangent
+        return Factors(widen(hidden.detach()), delta)
+
+
+def self_influence(factors: Factors) -> Tensor:
+    """M_ii = |gradient of image i|^2, [B]."""
+    with exact(factors.hidden.device):
+        h_BVH, d_BVD = (widen(factor).transpose(0, 1) for factor in factors)
+        return ((h_BVH @ h_BVH.mT + 1) * (d_BVD @ d_BVD.mT)).sum((1, 2))
+
+
+def normalised(factors: Factors) -> Factors:
+    """The same gradients at unit length, so that their product is a cosine; those of no length become 0."""
+    with exact(factors.hidden.device):
+        square = self_influence(factors)
+        scale = torch.where(square > 0, square.rsqrt(), 0)
+        return Factors(factors.hidden, widen(factors.delta) * scale[:, None])
