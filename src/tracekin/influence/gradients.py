@@ -45,12 +45,13 @@ def gradient_factors(hidden: Tensor, prediction: Tensor, target: Tensor) -> Fact
         Factors in fp32 (float64 stays float64), detached. Zero predictions and zero targets give a delta of 0.
     """
     with exact(prediction.device):
-        p_VBD, t_VBD = widen(prediction), unit(widen(target))
+        # In float64: t^ and its part along p^ cancel as the cosine goes to 1, and these are the small tensors.
+        p_VBD, t_VBD = prediction.double(), unit(target.double())
         length = torch.linalg.vector_norm(p_VBD, dim=-1, keepdim=True)
         direction = unit(p_VBD)
         tangent = t_VBD - (direction * t_VBD).sum(-1, keepdim=True) * direction
         delta = torch.where(length > EPSILON, -2 / length.clamp_min(EPSILON), 0) * tangent
-        return Factors(widen(hidden.detach()), delta)
+        return Factors(widen(hidden.detach()), delta.to(torch.promote_types(prediction.dtype, torch.float32)))
 
 
 def self_influence(factors: Factors) -> Tensor:
