@@ -6,7 +6,7 @@ difference from the defaults below, and the sentence under each field is the man
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -93,6 +93,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class ObjectiveConfig:
     name: Literal["byol"] = "byol"
+    """The self-supervised loss; BYOL is the first of a family."""
     tau_base: float = 0.99
     """The target's EMA decay at step 0; it rises to 1 on a cosine (BYOL: 0.996 for 1000 epochs, 0.99 for 300 or fewer)."""
 
@@ -298,10 +299,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _merge(schema: type, base: Any, extra: dict[str, Any], where: str) -> Any:
     _check_keys(schema, extra, "", where)
     try:
-        return OmegaConf.merge(base, extra)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        raise UserError(f"{where}: {key}: {_first_line(error)}." if key else f"{where}: {_first_line(error)}.") from None
+        for leaf in _leaves(extra):  # one by one, so that an error without a key can be given one
+            extra = leaf
+            base = OmegaConf.merge(base, leaf)
+        return base
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        key = getattr(error, "full_key", None) or _key_of(extra)
+        raise UserError(f"{where}: {key}: {_first_line(error)}.") from None
 
 
 def _check_keys(schema: type, extra: dict[str, Any], prefix: str, where: str) -> None:
@@ -322,6 +326,19 @@ def _check_keys(schema: type, extra: dict[str, Any], prefix: str, where: str) ->
             _check_keys(inner, value, f"{full}.", where)
         elif isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where}: {full}={value} is not a finite number.")
+
+
+def _leaves(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from ({key: leaf} for leaf in _leaves(value))
+        else:
+            yield {key: value}
+
+
+def _key_of(leaf: dict[str, Any]) -> str:
+    key, value = next(iter(leaf.items()))
+    return f"{key}.{_key_of(value)}" if isinstance(value, dict) else key
 
 
 def _all_keys(schema: type, prefix: str) -> list[str]:

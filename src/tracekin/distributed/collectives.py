@@ -32,6 +32,8 @@ def gather(tensor: Tensor, dim: int = 0, traffic: Traffic | None = None) -> Tens
     size = world_size()
     if size == 1:
         return tensor.detach()
+    if tensor.numel() == 0:  # an unlabelled set has labels of no column; gloo refuses to send nothing
+        return torch.cat([tensor.detach()] * size, dim)
     local = tensor.detach().contiguous()
     gathered = local.new_empty((size, *local.shape))
     if traffic is not None:

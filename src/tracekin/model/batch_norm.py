@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tracekin.distributed import collectives
 
@@ -13,7 +14,9 @@ class CrossRankBatchNorm(nn.SyncBatchNorm):
     """torch's SyncBatchNorm, which refuses CPU tensors, with a CPU path of the same meaning."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_cuda or not self.training or collectives.world_size() == 1:
+        if collectives.world_size() == 1:  # a world of one has a process group too, and torch asks for CUDA there
+            return _BatchNorm.forward(self, input)
+        if input.is_cuda or not self.training:
             return super().forward(input)
         assert self.momentum is not None
         assert self.num_batches_tracked is not None
@@ -27,7 +30,7 @@ def convert_batch_norms(module: nn.Module) -> nn.Module:
     """Replace every BatchNorm inside ``module`` in place; parameters and buffers are kept. Returns the module."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-            norm = CrossRankBatchNorm(child.num_features, child.eps, child.momentum)
+            norm = CrossRankBatchNorm(child.num_features, child.eps, child.momentum).to(child.weight)
             norm.load_state_dict(child.state_dict())
             setattr(module, name, norm)
         else:

@@ -17,7 +17,7 @@ from tracekin.data.stream import Batch
 from tracekin.distributed import collectives
 from tracekin.influence.gradients import Factors, gradient_factors
 from tracekin.influence.mining import Mined
-from tracekin.influence.policies import Candidates, choose
+from tracekin.influence.policies import USES_FACTORS, Candidates, choose
 from tracekin.model.byol import Target, byol_loss
 from tracekin.monitor.metrics import Clock
 
@@ -62,7 +62,8 @@ def byol_with_mined_positives(
 
     with clock.phase("mining"):
         # 2. The loss gradients' factors at the predictor's last layer, in closed form, gathered over ranks.
-        factors = gradient_factors(hidden_VBH, prediction_VBD, other_VBD)
+        influence = mining.policy in USES_FACTORS
+        factors = gradient_factors(hidden_VBH, prediction_VBD, other_VBD) if influence else None
         rows = Candidates(factors, target_VBD, batch.index, batch.group, batch.label)
         pool = gather_candidates(rows, traffic)
         # 3. TracIn of my images against every image; each takes the best that is not itself as its positive.
@@ -89,8 +90,9 @@ def train_step(engine: Any, target: Target, batch: Batch, mining: MiningConfig, 
 
 def gather_candidates(rows: Candidates, traffic: collectives.Traffic) -> Candidates:
     """Every rank's candidates, in rank order; nothing gathered carries a gradient."""
+    factors = rows.factors and Factors(*(collectives.gather(factor, 1, traffic) for factor in rows.factors))
     return Candidates(
-        Factors(*(collectives.gather(factor, 1, traffic) for factor in rows.factors)),
+        factors,
         collectives.gather(rows.target, 1, traffic),
         *(collectives.gather(column, 0, traffic) for column in (rows.ids, rows.groups, rows.labels)),
     )

@@ -1,0 +1,103 @@
+"""The ``tracekin`` command. Thin: torch is imported only once the arguments have proved sound.
+
+Exit codes: 0 done, 1 program error, 2 the user's mistake, 130 interrupted.
+"""
+
+import sys
+from pathlib import Path
+
+import click
+
+from tracekin import __version__
+from tracekin.config import Config, EvaluateConfig, UserError, load
+
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
+@click.version_option(__version__, prog_name="tracekin")
+def cli() -> None:
+    """Pretrain an image encoder with BYOL and positives mined by influence."""
+
+
+@cli.command()
+@click.argument("config")
+@OVERRIDES
+def pretrain(config: str, overrides: tuple[str, ...]) -> None:
+    """Pretrain as CONFIG (a YAML file) says; the same command again continues.
+
+    One process: tracekin pretrain CONFIG. Several: torchrun --nproc-per-node N
+    -m tracekin.cli pretrain CONFIG, or srun. Every key and its meaning stands in
+    tracekin/config.py; KEY=VALUE overrides CONFIG, for example train.epochs=3.
+    """
+    loaded = load(Config, config, overrides)
+    # Known to be wrong in a blink, or after seconds of importing torch and DeepSpeed.
+    from tracekin.data.manifest import read_manifest
+    from tracekin.distributed.world import world_from_environment
+    from tracekin.train.checks import check_run
+
+    check_run(loaded, read_manifest(loaded.data.manifest), world_from_environment().size)
+
+    from tracekin.train.loop import pretrain as run
+
+    run(loaded)
+
+
+@cli.command()
+@click.argument("arguments", nargs=-1, required=True, metavar="RUN... [KEY=VALUE]...")
+def evaluate(arguments: tuple[str, ...]) -> None:
+    """Score the encoders of finished RUNs (folders) with kNN and a linear probe."""
+    runs, overrides = _split(arguments)
+    config = load(EvaluateConfig, None, overrides)
+    for run in runs:
+        _require_run(run)
+
+    from tracekin.evaluate.run import evaluate_run
+
+    for run in runs:
+        evaluate_run(run, config)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of summary.json and index.html.")
+def report(runs: tuple[Path, ...], out: Path) -> None:
+    """Compare evaluated RUNs: one table, summary.json and an HTML page."""
+    for run in runs:
+        _require_run(run)
+
+    from tracekin.evaluate.table import summarise
+
+    summarise(list(runs), out)
+
+
+def _split(arguments: tuple[str, ...]) -> tuple[list[Path], list[str]]:
+    runs = [Path(argument) for argument in arguments if "=" not in argument]
+    if not runs:
+        raise UserError("no run folder given; name at least one, for example runs/pretrain.")
+    return runs, [argument for argument in arguments if "=" in argument]
+
+
+def _require_run(run: Path) -> None:
+    if not (run / "config.yaml").is_file():
+        near = ", ".join(sorted(str(p.parent) for p in run.parent.glob("*/config.yaml"))[:8])
+        raise UserError(f"{run} is no run folder (it has no config.yaml).{f' Beside it are: {near}.' if near else ''}")
+
+
+def main() -> None:
+    """Entry point: one clear line and exit code 2 for a user's mistake, no traceback."""
+    try:
+        cli.main(prog_name="tracekin", standalone_mode=False)
+    except UserError as error:
+        print(f"tracekin: {error}", file=sys.stderr)
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        print("tracekin: interrupted; the same command continues from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""A pretraining run: what surrounds the step. One entry under python, torchrun and srun."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tracekin import checkpoint
+from tracekin.config import Config, save, to_dict
+from tracekin.data.manifest import Manifest, read_manifest
+from tracekin.data.stream import num_steps_per_epoch, pretrain_batches
+from tracekin.distributed import collectives
+from tracekin.distributed.group import process_group
+from tracekin.distributed.world import World, world_from_environment
+from tracekin.influence.diagnostics import hit_and_chance, in_degree
+from tracekin.model.byol import Online, Target, tau_at
+from tracekin.monitor.environment import environment
+from tracekin.monitor.metrics import Clock, Meter, spread
+from tracekin.monitor.progress import Progress
+from tracekin.monitor.sinks import open_sinks
+from tracekin.train.checks import check_run
+from tracekin.train.engine import build_engine, load_optimiser_tensors, optimiser_tensors, preflight, set_lr
+from tracekin.train.optimiser import peak_lr
+from tracekin.train.schedule import lr_at
+from tracekin.train.step import Losses, train_step
+
+NUM_GALLERY = 24
+PHASES = ("online", "target", "mining", "backward", "update")
+
+
+def pretrain(config: Config) -> Path:
+    """Train to the last epoch, from the newest checkpoint of the run folder if there is one. Returns the run folder.
+
+    Raises:
+        UserError: anything that check_run or preflight find wrong.
+        FloatingPointError: the loss is no longer finite.
+    """
+    world = world_from_environment()
+    manifest = read_manifest(config.data.manifest)
+    check_run(config, manifest, world.size)
+    preflight()
+    device = _claim_device(config, world)
+    with process_group(world, device):
+        _Run(config, manifest, world, device).train()
+    return config.run_folder
+
+
+class _Run:
+    """The objects that live as long as the run."""
+
+    def __init__(self, config: Config, manifest: Manifest, world: World, device: torch.device) -> None:
+        self.config, self.manifest, self.world, self.device = config, manifest, world, device
+        self.folder = config.run_folder
+        self.steps_per_epoch = num_steps_per_epoch(manifest, "train", config.train.global_batch)
+        self.num_steps = config.train.epochs * self.steps_per_epoch
+        torch.manual_seed(config.seed)
+        online = Online(config.model, config.data.channels, config.train.precision == "bf16").to(device)
+        self.target = Target(online)
+        self.step = 0
+        found = collectives.broadcast_object(checkpoint.latest(self.folder))  # every rank goes on from the same one
+        if found is not None:
+            online.load_state_dict(checkpoint.load_model(found, "online."))
+            self.target.load_state_dict(checkpoint.load_model(found, "target."))
+            self.step = int(checkpoint.load_state(found)["step"])
+        self.engine = build_engine(online, config.optimiser, config.train, world)
+        if found is not None:
+            load_optimiser_tensors(self.engine, checkpoint.load_part(found, "optimiser"))
+        self.clock, self.meter = Clock(device), Meter(device)
+        self.traffic = collectives.Traffic()
+
+    def train(self) -> None:
+        if self.step >= self.num_steps:
+            self._say(f"{self.folder} is finished: {self.step} of {self.num_steps} steps. Nothing to do.")
+            return
+        self._say(self._headline())
+        sinks = self._open_folder()
+        progress = Progress(self.num_steps, self.step) if self.world.is_main else None
+        try:
+            self._loop(sinks, progress)
+        finally:
+            for closable in [*sinks, *([progress] if progress else [])]:
+                closable.close()
+
+    def _loop(self, sinks: list[Any], progress: Progress | None) -> None:
+        config = self.config
+        steps = range(self.step, self.num_steps)
+        batches = iter(
+            pretrain_batches(
+                self.manifest,
+                config.data,
+                seed=config.seed,
+                global_batch=config.train.global_batch,
+                share=self.world.share(config.train.global_batch),
+                steps=steps,
+            )
+        )
+        self.engine.train()
+        began, first = time.perf_counter(), self.step
+        for step in steps:
+            losses, schedule = self._one_step(batches, step)
+            self.step = step + 1
+            if progress:
+                progress.update()
+            end_of_epoch = self.step % self.steps_per_epoch == 0
+            if not end_of_epoch and self.step % config.train.log_every:
+                continue
+            record = self._record(losses, schedule, time.perf_counter() - began, self.step - first)
+            for sink in sinks:
+                sink.write(record)
+            if progress:
+                progress.report(record)
+            if not math.isfinite(record["loss"]):
+                raise FloatingPointError(f"the loss is {record['loss']} at step {self.step}; the run stops here.")
+            if end_of_epoch:
+                self._save(losses)
+            began, first = time.perf_counter(), self.step
+
+    def _one_step(self, batches: Any, step: int) -> tuple[Losses, dict[str, float]]:
+        config, mining = self.config, self.config.mining
+        with self.clock.phase("data", host=True):
+            batch = next(batches).to(self.device, non_blocking=True)
+        warmup_steps = round(config.optimiser.warmup_epochs * self.steps_per_epoch)
+        peak = peak_lr(config.optimiser, config.train.global_batch)
+        lr, tau = lr_at(step, self.num_steps, warmup_steps, peak), tau_at(step, self.num_steps, config.objective.tau_base)
+        set_lr(self.engine, lr)
+        losses = train_step(
+            self.engine,
+            self.target,
+            batch,
+            mining,
+            tau=tau,
+            weight=mining.weight if step >= mining.warmup * self.num_steps else 0.0,
+            seed=config.seed,
+            step=step,
+            clock=self.clock,
+            traffic=self.traffic,
+        )
+        self._measure(losses)
+        return losses, {"lr": lr, "tau": tau}
+
+    def _measure(self, losses: Losses) -> None:
+        self.meter.add(loss=losses.loss, loss_byol=losses.loss_byol, loss_mined=losses.loss_mined)
+        if losses.mined is None or losses.rows is None or losses.pool is None:
+            return
+        index_B = losses.mined.index[:, 0]
+        self.meter.add(num_anchors=float(len(index_B)), num_mined=(index_B >= 0).sum())
+        degrees = in_degree(collectives.gather(index_B), len(losses.pool.ids))
+        self.meter.add(max_in_degree=degrees.max())
+        if losses.rows.labels.shape[1]:
+            hits, chance = hit_and_chance(losses.mined, losses.rows, losses.pool, self.config.mining.exclude_group)
+            self.meter.add(hits=hits.nansum(), chance=chance.nanmean())
+
+    def _record(self, losses: Losses, schedule: dict[str, float], seconds: float, steps: int) -> dict[str, Any]:
+        """One line of metrics.jsonl: means over the ``steps`` steps since the line before, seconds a step."""
+        phases, sums = self.clock.flush(), self.meter.flush()
+        each = steps * self.world.size
+        mined = "num_mined" in sums
+        record: dict[str, Any] = {
+            "step": self.step,
+            "epoch": (self.step - 1) // self.steps_per_epoch,
+            **{key: sums[key] / each for key in ("loss", "loss_byol", "loss_mined")},
+            **schedule,
+            "hit_rate": sums["hits"] / sums["num_mined"] if sums.get("hits") is not None and sums["num_mined"] else None,
+            "chance_rate": sums["chance"] / each if "chance" in sums else None,
+            "mined_fraction": sums["num_mined"] / sums["num_anchors"] if mined else None,
+            "max_in_degree": sums["max_in_degree"] / each if mined else None,
+            **spread(collectives.gather(losses.target_VBD, 1)[0]),
+            "images_per_second": self.config.train.global_batch * steps / seconds,
+            "data_wait_fraction": phases["data"] / seconds,
+            "step_seconds": seconds / steps,
+            **{f"{phase}_seconds": phases.get(phase, 0.0) / steps for phase in PHASES},
+            "gathered_bytes": self.traffic.bytes // steps,
+        }
+        self.traffic.bytes = 0
+        return record
+
+    def _save(self, losses: Losses) -> None:
+        """Checkpoint and gallery; collective, because ZeRO's optimiser state lies on all ranks."""
+        optimiser = optimiser_tensors(self.engine)
+        if losses.mined is not None and losses.pool is not None:
+            chosen = torch.stack([collectives.gather(losses.mined.index[:, 0]).double(), collectives.gather(losses.mined.score[:, 0]).double()])
+            self._write_gallery(chosen.cpu(), losses.pool.ids.cpu())
+        if self.world.is_main:
+            networks = {"online": self.engine.module, "target": self.target}
+            model = {f"{name}.{key}": t for name, net in networks.items() for key, t in net.state_dict().items()}
+            parts = {"model": model, "optimiser": optimiser}
+            state = {"config": to_dict(self.config), "environment": environment(self.world.size, self.device, self.config.train.zero_stage)}
+            checkpoint.save(self.folder, self.step, parts, state, self.config.train.keep_checkpoints)
+        collectives.barrier()
+
+    def _write_gallery(self, chosen: torch.Tensor, ids: torch.Tensor) -> None:
+        """The last step's pairs, evenly spaced over the batch rather than picked by score, for the report."""
+        if not self.world.is_main:
+            return
+        mined = [(i, int(j), s) for i, (j, s) in enumerate(chosen.T.tolist()) if j >= 0]
+        spaced = mined[:: max(1, len(mined) // NUM_GALLERY)][:NUM_GALLERY]
+        pairs = [[int(ids[i]), int(ids[j]), s] for i, j, s in spaced]
+        (self.folder / "gallery.json").write_text(json.dumps({"step": self.step, "pairs": pairs}) + "\n", encoding="utf-8")
+
+    def _open_folder(self) -> list[Any]:
+        if not self.world.is_main:
+            return []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save(self.config, self.folder / "config.yaml")
+        facts = environment(self.world.size, self.device, self.config.train.zero_stage)
+        (self.folder / "environment.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        return open_sinks(self.config.monitor, self.folder, self.config.name, to_dict(self.config), self.step)
+
+    def _headline(self) -> str:
+        config = self.config
+        return (
+            f"{self.folder}: {config.mining.policy} on {self.manifest.name}, {self.manifest.count('train')} train images,"
+            f" {config.model.backbone}, {config.data.image_size} px, batch {config.train.global_batch} over"
+            f" {self.world.size} {self.device.type} rank(s), ZeRO {config.train.zero_stage}, {config.train.precision},"
+            f" {self.num_steps} steps{f', continuing after step {self.step}' if self.step else ''}"
+        )
+
+    def _say(self, line: str) -> None:
+        if self.world.is_main:
+            print(line, flush=True)
+
+
+def _claim_device(config: Config, world: World) -> torch.device:
+    if torch.cuda.is_available():
+        device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        return device
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(config.train.threads or max(1, cores // world.local_size))
+    return torch.device("cpu")

@@ -1,0 +1,77 @@
+"""A tiny net and a fixed global batch, for tests that compare worlds."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from tracekin.config import MiningConfig, ModelConfig
+from tracekin.data.stream import Batch
+from tracekin.distributed.collectives import Traffic
+from tracekin.distributed.world import World
+from tracekin.model import byol
+from tracekin.model.batch_norm import convert_batch_norms
+from tracekin.monitor.metrics import Clock
+
+MODEL = ModelConfig(projector_hidden=24, projection=8, predictor_hidden=16)
+BATCH = 16
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def tiny_backbone() -> Iterator[None]:
+    """Networks built in the block have a small convolutional encoder instead of a ResNet."""
+
+    def build(config: ModelConfig, channels: int) -> nn.Module:
+        net = nn.Sequential(
+            nn.Conv2d(channels, 8, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        net.num_features = 16
+        return convert_batch_norms(net)
+
+    original = byol.build_backbone
+    byol.build_backbone = build
+    try:
+        yield
+    finally:
+        byol.build_backbone = original
+
+
+def networks(dtype: torch.dtype, seed: int = 0) -> tuple[byol.Online, byol.Target]:
+    """The tiny online network, and a target that is a little apart from it, as after some training."""
+    torch.manual_seed(seed)
+    with tiny_backbone():
+        online = byol.Online(MODEL, 3).to(dtype)
+    target = byol.Target(online)
+    with torch.no_grad():
+        for parameter in target.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return online, target
+
+
+def global_batch(dtype: torch.dtype, seed: int = 1) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.nn.functional.one_hot(torch.arange(BATCH) % 3, 3).float()
+    views = torch.randn(2, BATCH, 3, 12, 12, generator=generator, dtype=torch.float64).to(dtype)
+    return Batch(views=views, index=torch.arange(BATCH) * 7 + 3, group=torch.arange(BATCH) // 2, label=label)
+
+
+def rows_of(batch: Batch, world: World) -> Batch:
+    share = world.share(BATCH)
+    return Batch(views=batch.views[:, share], index=batch.index[share], group=batch.group[share], label=batch.label[share])
+
+
+def context(step: int = 5) -> dict[str, object]:
+    return {"weight": 0.25, "seed": 0, "step": step, "clock": Clock(CPU), "traffic": Traffic()}
+
+
+def mining(policy: str) -> MiningConfig:
+    return MiningConfig(policy=policy)  # type: ignore[arg-type]
