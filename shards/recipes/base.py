@@ -1,18 +1,20 @@
 """What a recipe gives to the packer: records, each with a lazy reader, the classes and the task.
 
-A recipe is a function ``recipe(source, options, seed) -> Dataset`` beside a frozen dataclass ``Options``.
+A recipe is one module with a frozen dataclass ``Options`` and a function ``recipe(source, options, seed) -> Dataset``,
+and one line in the registry (``shards/recipes/__init__.py``).
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 Task = Literal["multiclass", "multilabel", "unlabelled"]
 Label = int | list[int] | None
+
+SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class Record:
     split: str | None = None
     """train, val or test."""
 
+    @property
+    def group_or_self(self) -> str:
+        return f"image {self.source}" if self.group is None else f"group {self.group}"
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -37,30 +43,25 @@ class Dataset:
     task: Task
 
 
-@dataclass(frozen=True)
-class Source:
-    path: Path
-
-
-def split_by_group(records: Sequence[Record], shares: dict[str, float], seed: int) -> list[Record]:
+def split_by_group(records: Sequence[Record], seed: int, shares: Mapping[str, float] = SHARES) -> list[Record]:
     """Give each record a split so that no group is in two of them, stratified by class.
 
-    Groups are shuffled within each class (a group's class is its first record's label) and dealt out so that the
-    share of images, class by class, follows ``shares``. The result does not depend on the order of the records.
+    Groups are shuffled within each class (a group's class is that of its first image) and dealt out so that the share
+    of images, class by class, follows ``shares``. The result depends on the seed, not on the order of the records.
     """
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda r: r.source):
-        groups[record.source if record.group is None else record.group].append(record)
+        groups[record.group_or_self].append(record)
     strata: dict[str, list[str]] = defaultdict(list)
     for group in sorted(groups):
         strata[str(groups[group][0].label)].append(group)
     split_of: dict[str, str] = {}
     for number, stratum in enumerate(sorted(strata)):
         names = strata[stratum]
-        filled = dict.fromkeys(shares, 0.0)
+        filled = dict.fromkeys(shares, 0)
         for index in np.random.default_rng([seed, number]).permutation(len(names)):
-            # the split that is furthest behind its share gets the next group
+            # The split that is furthest behind its share gets the next group; on a tie the larger share.
             chosen = min(shares, key=lambda split: (filled[split] / shares[split], -shares[split]))
             split_of[names[index]] = chosen
             filled[chosen] += len(groups[names[index]])
-    return [replace(r, split=split_of[r.source if r.group is None else r.group]) for r in records]
+    return [replace(record, split=split_of[record.group_or_self]) for record in records]

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from shards.recipes.base import Dataset, Record, Source, split_by_group
+from shards.recipes.base import Dataset, Record, split_by_group
+from shards.source import Source
 from tracekin.config import UserError
 
 Array = NDArray[np.float64]
@@ -44,8 +45,8 @@ class Options:
 def recipe(source: Source | None, options: Options, seed: int) -> Dataset:
     """The phantom data set; ``source`` must be None."""
     if source is not None:
-        raise UserError(f"the recipe phantom draws its images; leave out the SOURCE {source.path}.")
-    records = split_by_group(list(_records(options, seed)), SPLITS, seed)
+        raise UserError(f"the recipe phantom draws its images; leave out SOURCE ({source.path}).")
+    records = split_by_group(list(_records(options, seed)), seed, SPLITS)
     return Dataset(records, list(SHARES), "multiclass")
 
 
