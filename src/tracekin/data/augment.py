@@ -204,7 +204,8 @@ def _colour(planes: Planes, augmentation: Augmentation, u: list[float]) -> Plane
 
 def _hue_rotation(turns: float) -> NDArray[np.float64]:
     cos, sin = math.cos(2 * math.pi * turns), math.sin(2 * math.pi * turns)
-    rotated: NDArray[np.float64] = YIQ_INVERSE @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ YIQ
+    turn = np.array([[1, 0, 0], [0, cos, sin], [0, -sin, cos]])  # from red towards yellow, as in HSV
+    rotated: NDArray[np.float64] = YIQ_INVERSE @ turn @ YIQ
     return rotated
 
 

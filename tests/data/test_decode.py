@@ -1,0 +1,158 @@
+"""Reading any sample by number, image modes, and what damaged data says."""
+
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.tiny import make_dataset
+from tracekin.config import UserError
+from tracekin.data.decode import GROUP_DIGITS, ShardReader, group_number
+from tracekin.data.manifest import Manifest, read_manifest
+
+
+def png(image: Image.Image, **options: object) -> tuple[str, bytes]:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return "png", buffer.getvalue()
+
+
+def reference(manifest: Manifest, split: str) -> list[tuple[str, bytes, dict]]:
+    """Key, image bytes and description of each sample, read in the plain way."""
+    found = []
+    for shard in manifest.splits[split]:
+        with tarfile.open(manifest.folder / shard.file) as archive:
+            content = {m.name: archive.extractfile(m).read() for m in archive}
+        keys = dict.fromkeys(name.split(".")[0] for name in content)
+        found += [(key, content[f"{key}.png"], json.loads(content[f"{key}.json"])) for key in keys]
+    return found
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel", "unlabelled"])
+def test_reads_every_sample_by_number_as_tarfile_does(tmp_path, task):
+    manifest = read_manifest(make_dataset(tmp_path, train=11, shard_size=4, task=task).folder)
+    reader = ShardReader(manifest, "train")
+    expected = reference(manifest, "train")
+    assert len(reader) == len(expected) == 11
+    for index in (10, 0, 4, 3, 7, 8, 1, 2, 5, 6, 9):
+        sample = reader.read(index)
+        key, content, described = expected[index]
+        assert (sample.key, sample.label, sample.group) == (key, described["label"], described["group"])
+        assert np.array_equal(np.asarray(sample.image), np.asarray(Image.open(io.BytesIO(content))))
+
+
+def test_reader_survives_pickling_after_use(tmp_path):
+    reader = ShardReader(make_dataset(tmp_path), "train")
+    first = reader.read(0)
+    assert pickle.loads(pickle.dumps(reader)).read(0).key == first.key
+
+
+def test_group_numbers_fit_int64():
+    assert group_number("f" * 64) == 16**GROUP_DIGITS - 1 < 2**63
+
+
+@pytest.mark.parametrize(
+    ("convert", "mode"),
+    [
+        (lambda image: image, "RGB"),
+        (lambda image: image.convert("L"), "L"),
+        (lambda image: image.convert("LA"), "L"),
+        (lambda image: image.convert("1"), "L"),
+        (lambda image: image.convert("RGBA"), "RGB"),
+        (lambda image: image.quantize(16), "RGB"),
+    ],
+    ids=["rgb", "grey", "grey-alpha", "bit", "alpha", "palette"],
+)
+def test_image_modes(tmp_path, convert, mode):
+    manifest = make_dataset(tmp_path, train=1, encode=lambda image: png(convert(image)))
+    rgb = make_dataset(tmp_path / "rgb", train=1)
+    image = ShardReader(manifest, "train").read(0).image
+    original = ShardReader(rgb, "train").read(0).image
+    assert image.mode == mode
+    assert np.array_equal(np.asarray(image), np.asarray(convert(original).convert(mode)))
+
+
+def test_16_bits_keep_their_precision(tmp_path):
+    values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    values[0, 1] = 300
+    deep = make_dataset(tmp_path, train=1, encode=lambda _: png(Image.fromarray(values)))
+    image = ShardReader(deep, "train").read(0).image
+    assert image.mode == "F"
+    assert np.allclose(np.asarray(image), values / 257, atol=1e-4)
+
+
+def test_palette_transparency_is_dropped(tmp_path):
+    manifest = make_dataset(tmp_path, train=1, encode=lambda image: png(image.quantize(8), transparency=0))
+    assert ShardReader(manifest, "train").read(0).image.mode == "RGB"
+
+
+def overwrite(manifest: Manifest, index: int, member: int, content: bytes, skip: int = 0) -> tuple[Path, int, str]:
+    """Write bytes into a member of a train sample; its shard, offset and key."""
+    shard = manifest.splits["train"][0]
+    path = manifest.folder / shard.file
+    with tarfile.open(path) as archive:
+        info = archive.getmembers()[2 * index + member]
+    with path.open("r+b") as file:
+        file.seek(info.offset_data + skip)
+        file.write(content)
+    return path, shard.samples[index][0], info.name.split(".")[0]
+
+
+@pytest.mark.parametrize(
+    ("member", "content", "skip", "reason"),
+    [
+        (1, b"not a picture", 0, "not a JPEG or PNG"),
+        (1, b"\xff" * 64, 60, "image file"),
+        (0, b"{" * 20, 0, "property name"),
+        (0, b'{"label": 99, "group": "0"}', 0, "label 99 is not among the manifest's 3 classes"),
+        (0, b'{"label": 1, "grp": "00"}', 0, "it has no group"),
+        (0, b'{"label": 1, "group": "patient"}', 0, "patient"),
+    ],
+    ids=["no-image", "flipped-bytes", "no-json", "label", "no-group", "group"],
+)
+def test_damaged_sample_is_named(tmp_path, member, content, skip, reason):
+    manifest = make_dataset(tmp_path)
+    if member == 0:  # fill the old JSON's whole length
+        content = content.ljust(len(json.dumps({"label": 0, "group": "0" * 32})))
+    path, offset, key = overwrite(manifest, 3, member, content, skip)
+    reader = ShardReader(manifest, "train")
+    with pytest.raises(UserError) as caught:
+        reader.read(3)
+    message = str(caught.value)
+    for part in (str(path), key, f"byte {offset}", reason, f"python -m shards.verify {tmp_path}"):
+        assert part in message
+    assert "\n" not in message
+    assert reader.read(2).key != key
+
+
+def test_image_without_extension_we_read_is_named(tmp_path):
+    manifest = make_dataset(tmp_path, encode=lambda _: ("gif", b"GIF89a"))
+    with pytest.raises(UserError, match="no member jpg, jpeg, png"):
+        ShardReader(manifest, "train").read(0)
+
+
+def test_short_and_missing_shards_are_named(tmp_path):
+    manifest = make_dataset(tmp_path, train=4, shard_size=4)
+    shard = tmp_path / manifest.splits["train"][0].file
+    shard.write_bytes(shard.read_bytes()[:4000])
+    reader = ShardReader(manifest, "train")
+    assert reader.read(0).image.mode == "RGB"
+    with pytest.raises(UserError, match="bytes early"):
+        reader.read(3)
+    shard.unlink()
+    with pytest.raises(UserError, match="No such file"):
+        ShardReader(manifest, "train").read(0)
+
+
+def test_open_shards_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("tracekin.data.decode.MAX_OPEN_SHARDS", 2)
+    reader = ShardReader(make_dataset(tmp_path, train=8, shard_size=2), "train")
+    keys = [reader.read(index).key for index in (*range(8), *range(8))]
+    assert keys[:8] == keys[8:]
+    assert len(set(keys)) == 8
+    assert len(reader._open) <= 2
