@@ -15,7 +15,7 @@ from torch import Tensor
 from tracekin.influence.precision import exact, widen
 
 EPSILON = 1e-12
-"""A prediction or target shorter than this counts as zero (torch.nn.functional.normalize uses the same number)."""
+"""A vector shorter than this counts as zero: it has no direction."""
 
 
 class Factors(NamedTuple):
@@ -28,9 +28,8 @@ class Factors(NamedTuple):
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """``vectors`` over their length along the last dimension; zero vectors stay zero."""
-    length: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    return vectors / length.clamp_min(EPSILON)
+    """``vectors`` at length 1 along the last dimension; zero vectors stay zero."""
+    return vectors * _inverse_length(vectors)
 
 
 def gradient_factors(hidden: Tensor, prediction: Tensor, target: Tensor) -> Factors:
@@ -47,10 +46,10 @@ def gradient_factors(hidden: Tensor, prediction: Tensor, target: Tensor) -> Fact
     with exact(prediction.device):
         # In float64: t^ and its part along p^ cancel as the cosine goes to 1, and these are the small tensors.
         p_VBD, t_VBD = prediction.double(), unit(target.double())
-        length = torch.linalg.vector_norm(p_VBD, dim=-1, keepdim=True)
-        direction = unit(p_VBD)
+        inverse = _inverse_length(p_VBD)
+        direction = p_VBD * inverse
         tangent = t_VBD - (direction * t_VBD).sum(-1, keepdim=True) * direction
-        delta = torch.where(length > EPSILON, -2 / length.clamp_min(EPSILON), 0) * tangent
+        delta = -2 * inverse * tangent
         return Factors(widen(hidden.detach()), delta.to(torch.promote_types(prediction.dtype, torch.float32)))
 
 
@@ -67,3 +66,8 @@ def normalised(factors: Factors) -> Factors:
         square = self_influence(factors)
         scale = torch.where(square > 0, square.rsqrt(), 0)
         return Factors(factors.hidden, widen(factors.delta) * scale[:, None])
+
+
+def _inverse_length(vectors: Tensor) -> Tensor:
+    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return torch.where(length > EPSILON, 1 / length, 0)
