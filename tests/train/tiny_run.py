@@ -49,12 +49,12 @@ def networks(dtype: torch.dtype, seed: int = 0) -> tuple[byol.Online, byol.Targe
     """The tiny online network, and a target that is a little apart from it, as after some training."""
     torch.manual_seed(seed)
     with tiny_backbone():
-        online = byol.Online(MODEL, 3).to(dtype)
+        online = byol.Online(MODEL, 3)
     target = byol.Target(online)
     with torch.no_grad():
         for parameter in target.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    return online, target
+    return online.to(dtype), target.to(dtype)  # drawn in one dtype, so that all dtypes start from the same numbers
 
 
 def global_batch(dtype: torch.dtype, seed: int = 1) -> Batch:

@@ -47,10 +47,10 @@ def build_engine(online: nn.Module, optimiser: OptimiserConfig, train: TrainConf
     """
     os.environ["LOCAL_RANK"] = str(world.local_rank)  # DeepSpeed insists on it, also where srun or nobody sets it
     os.environ.setdefault("DS_ACCELERATOR", next(online.parameters()).device.type)  # else it warns when there is no GPU
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found" on CPU machines
     import deepspeed
 
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # its warning that our optimiser is untested is answered by our tests
     num_parameters = sum(p.numel() for p in online.parameters())
     engine, *_ = deepspeed.initialize(
         model=online,
