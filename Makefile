@@ -1,31 +1,82 @@
 # make demo · make test · make check · make bench · make gpu · make ham10000 SOURCE=ham10000.zip
-# Every target but `gpu` works in .venv, which it makes itself from requirements.lock; it needs Python 3.11+ with pip.
+# Every target but `gpu` works in .venv, which it makes itself from requirements.lock: a machine with Python, pip and g++ is enough.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo ham10000 test check bench gpu clean
+.PHONY: help setup preflight lock demo ham10000 test check bench gpu clean
 
+# Python that makes .venv (3.11 to 3.13), and the one that `make gpu` uses as it is.
 BOOTSTRAP ?= python3
-BIN := .venv/bin
-STAMP := .venv/.installed
-# DATA: a folder of real image archives that tests may use. SOURCE: the HAM10000 archive.
+PYTHON ?= python3
+# Processes that train side by side.
+RANKS ?= 2
+# DATA: a folder of real image archives that tests may use. SOURCE: the HAM10000 archive, a zip or a folder.
 DATA ?=
-SOURCE ?= ../shared/data/ham10000.zip
+SOURCE ?= ham10000.zip
+
+VENV := $(CURDIR)/.venv
+BIN := $(VENV)/bin
+STAMP := .venv/.installed
+export PATH := $(BIN):$(PATH)
+PRETRAIN := torchrun --standalone --nproc-per-node $(RANKS) -m tracekin.cli pretrain
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
 
 setup: $(STAMP)
 
-$(STAMP): requirements.lock pyproject.toml
-	@$(BOOTSTRAP) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
-	  { echo "tracekin needs Python 3.11 to 3.13; set BOOTSTRAP=python3.11, say."; exit 2; }
-	@test -x $(BIN)/python || $(BOOTSTRAP) -m venv .venv
+preflight:
+	@$(BOOTSTRAP) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
+	  { echo "Missing: Python 3.11 to 3.13 as $(BOOTSTRAP); install one, or name it: make BOOTSTRAP=python3.12"; exit 2; }
+	@$(BOOTSTRAP) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "Missing: Python's venv module (Debian, Ubuntu: apt-get install python3-venv)"; exit 2; }
+	@command -v c++ >/dev/null || \
+	  { echo "Missing: a C++ compiler, which DeepSpeed needs on CPU (Debian, Ubuntu: apt-get install g++)"; exit 2; }
+
+$(STAMP): requirements.lock pyproject.toml | preflight
+	@test -x $(BIN)/python || $(BOOTSTRAP) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --requirements requirements.lock
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@echo "Installing requirements.lock into .venv (torch's CUDA build is large; it runs on CPU too) ..."
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --requirements requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 
-lock:
-	$(BIN)/uv pip compile --quiet pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
+lock: $(STAMP)
+	uv pip compile --quiet pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --custom-compile-command "make lock" --output-file requirements.lock
+
+data/phantom/manifest.json: | $(STAMP)
+	python -m shards.pack --recipe phantom --out data/phantom
+
+demo: $(STAMP) data/phantom/manifest.json
+	$(PRETRAIN) configs/demo.yaml name=demo/none mining.policy=none
+	$(PRETRAIN) configs/demo.yaml name=demo/tracin mining.policy=tracin
+	tracekin evaluate runs/demo/none runs/demo/tracin
+	tracekin report runs/demo/none runs/demo/tracin --out runs/demo
+
+data/ham10000/manifest.json: | $(STAMP)
+	python -m shards.pack $(SOURCE) --recipe ham10000 --out data/ham10000
+
+ham10000: $(STAMP) data/ham10000/manifest.json
+	$(PRETRAIN) configs/pretrain/ham10000.yaml name=ham10000/none mining.policy=none
+	$(PRETRAIN) configs/pretrain/ham10000.yaml name=ham10000/tracin mining.policy=tracin
+	tracekin evaluate runs/ham10000/none runs/ham10000/tracin
+	tracekin report runs/ham10000/none runs/ham10000/tracin --out runs/ham10000
+
+test: $(STAMP)
+	python -m pytest $(if $(DATA),--data $(DATA))
+
+check: $(STAMP)
+	ruff check .
+	ruff format --check .
+	mypy
+
+bench: $(STAMP)
+	python -m benchmarks.influence_exactness
+	python -m benchmarks.mining_overhead
+
+gpu:
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

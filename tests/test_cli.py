@@ -1,0 +1,63 @@
+"""The command as a user types it: one clear line and exit code 2 for a mistake, no traceback, nothing half-written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.data.tiny import make_dataset
+
+
+def tracekin(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "tracekin.cli", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    make_dataset(folder / "data", train=12, val=4, test=4)
+    (folder / "run.yaml").write_text("data: {manifest: data/manifest.json, image_size: 24}\ntrain: {global_batch: 8}\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pretrain", "rum.yaml"], ["rum.yaml", "run.yaml"]),
+        (["pretrain", "run.yaml", "mining.polcy=none"], ["mining.polcy", "mining.policy"]),
+        (["pretrain", "run.yaml", "train.epochs=two"], ["train.epochs", "two"]),
+        (["pretrain", "run.yaml", "data.manifest=nowhere/manifest.json"], ["nowhere/manifest.json", "data/manifest.json"]),
+        (["pretrain", "run.yaml", "train.global_batch=16"], ["12 train images", "train.global_batch=16"]),
+        (["pretrain"], ["CONFIG"]),
+        (["pretain"], ["pretain"]),
+        (["evaluate", "runs/nothing"], ["runs/nothing", "config.yaml"]),
+        (["evaluate", "run.yaml", "k=3"], ["unknown key k"]),
+        (["report", "runs/nothing", "--out", "out"], ["runs/nothing"]),
+    ],
+)
+def test_a_mistake_gets_one_line_and_exit_code_2(project: Path, arguments: list[str], words: list[str]) -> None:
+    result = tracekin(*arguments, cwd=project)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert all(word in result.stderr for word in words), result.stderr
+    assert sorted(p.name for p in project.iterdir()) == ["data", "run.yaml"]
+
+
+def test_a_damaged_shard_is_named(project: Path) -> None:
+    shard = project / "data" / "train-000000.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-512])
+    try:
+        result = tracekin("pretrain", "run.yaml", cwd=project)
+    finally:
+        shard.write_bytes(whole)
+    assert result.returncode == 2
+    assert "train-000000.tar" in result.stderr
+
+
+def test_help_fits_a_terminal() -> None:
+    for arguments in ([], ["pretrain"], ["evaluate"], ["report"]):
+        result = tracekin(*arguments, "--help", cwd=Path.cwd())
+        assert result.returncode == 0
+        assert max(map(len, result.stdout.splitlines())) <= 80

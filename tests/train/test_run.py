@@ -1,0 +1,182 @@
+"""A whole run on a tiny dataset: what it leaves, how it continues, and the golden trace of its losses."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.data.tiny import make_dataset
+from tests.ranks import run_ranks
+from tests.train.tiny_run import tiny_backbone
+from tracekin import checkpoint
+from tracekin.config import Config, UserError, load
+from tracekin.distributed import collectives
+from tracekin.data.manifest import read_manifest
+from tracekin.train.checks import check_run
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "losses.json"
+REQUIRED = (
+    "step epoch loss loss_byol loss_mined lr tau hit_rate chance_rate mined_fraction max_in_degree target_std effective_rank "
+    "images_per_second data_wait_fraction mining_seconds step_seconds gathered_bytes"
+).split()
+
+
+def tiny_config(folder: Path, *overrides: str) -> Config:
+    return load(
+        Config,
+        None,
+        [
+            f"folder={folder}",
+            f"data.manifest={folder / 'data' / 'manifest.json'}",
+            "name=tiny",
+            "data.image_size=24",
+            "data.workers=0",
+            "model.projector_hidden=32",
+            "model.projection=16",
+            "model.predictor_hidden=32",
+            "train.global_batch=16",
+            "train.epochs=4",
+            "train.precision=fp32",
+            "train.threads=1",
+            "train.log_every=2",
+            "train.keep_checkpoints=9",
+            "optimiser.lr=0.3",
+            "monitor.wandb=disabled",
+            *overrides,
+        ],
+    )
+
+
+def run(rank: int, config: Config) -> None:
+    """One rank of a run with a tiny encoder."""
+    from tracekin.train.loop import pretrain
+
+    size = collectives.world_size()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    with tiny_backbone():
+        pretrain(config)
+
+
+def metrics(config: Config) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A finished run of one rank: 4 epochs of 3 steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_dataset(folder / "data", train=50, val=10, test=10)
+    config = tiny_config(folder)
+    run_ranks(run, 1, config)
+    return config
+
+
+def test_what_a_run_leaves(finished: Config) -> None:
+    folder = finished.run_folder
+    assert load(Config, folder / "config.yaml") == finished
+    environment = json.loads((folder / "environment.json").read_text())
+    assert (environment["world_size"], environment["engine"], environment["zero_stage"]) == (1, "deepspeed", 0)
+    assert environment["packages"]["deepspeed"]
+    newest = checkpoint.latest(folder)
+    assert newest is not None
+    assert newest.name == "step-00000012"
+    assert checkpoint.load_state(newest)["config"]["train"]["epochs"] == 4
+    assert set(checkpoint.load_model(newest, "online.backbone.")) > {"0.weight", "1.running_mean"}
+    lines = metrics(finished)
+    assert [line["step"] for line in lines] == [2, 3, 4, 6, 8, 9, 10, 12]
+    assert all(set(REQUIRED) <= set(line) for line in lines)
+    assert all(0 <= line["hit_rate"] <= 1 and 0 < line["chance_rate"] < 1 for line in lines)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    pairs = json.loads((folder / "gallery.json").read_text())["pairs"]
+    assert pairs
+    assert all(0 <= i < 50 and 0 <= j < 50 and i // 2 != j // 2 for i, j, _ in pairs)  # never of the anchor's own group
+
+
+def test_resumed_losses_are_bit_identical(finished: Config, tmp_path: Path) -> None:
+    """Stopped at a checkpoint (its later files taken away) and started again, nothing differs."""
+    shutil.copytree(finished.run_folder, tmp_path / "tiny")
+    folder = tmp_path / "tiny"
+    for later in ("step-00000009", "step-00000012"):
+        shutil.rmtree(folder / "checkpoints" / later)
+    (folder / "checkpoints" / "latest").write_text("step-00000006\n")
+    config = tiny_config(tmp_path, f"data.manifest={finished.data.manifest}")
+    run_ranks(run, 1, config)
+    same = ("step", "epoch", "loss", "loss_byol", "loss_mined", "lr", "tau", "hit_rate", "chance_rate", "target_std")
+    assert [[line[key] for key in same] for line in metrics(config)] == [
+        [line[key] for key in same] for line in metrics(finished)
+    ]
+    old, new = (checkpoint.load_part(c.run_folder / "checkpoints" / "step-00000012", "model") for c in (finished, config))
+    assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_a_finished_run_does_nothing_again(finished: Config) -> None:
+    before = (finished.run_folder / "metrics.jsonl").read_bytes()
+    run_ranks(run, 1, finished)
+    assert (finished.run_folder / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_ranks_with_zero_follow_the_same_losses_and_resume(finished: Config, tmp_path: Path, stage: int) -> None:
+    """Two ranks see the same batches and losses as one; a run started at ZeRO 0 in one process goes on at theirs."""
+    overrides = (f"data.manifest={finished.data.manifest}", f"train.zero_stage={stage}")
+    config = tiny_config(tmp_path, *overrides)
+    run_ranks(run, 2, config)
+    one, two = metrics(finished), metrics(config)
+    assert [line["step"] for line in two] == [line["step"] for line in one]
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+        assert b["chance_rate"] == pytest.approx(a["chance_rate"], rel=1e-6)
+    assert two[-1]["gathered_bytes"] > 0
+    shutil.rmtree(config.run_folder / "checkpoints")
+    shutil.copytree(finished.run_folder / "checkpoints" / "step-00000006", config.run_folder / "checkpoints" / "step-00000006")
+    run_ranks(run, 2, config)
+    assert metrics(config)[-1]["loss"] == pytest.approx(one[-1]["loss"], rel=1e-3)
+
+
+def test_golden_losses(finished: Config) -> None:
+    """A refactor proves that it changed nothing (fp32, one thread; CPUs differ by less than 1e-4)."""
+    losses = [[line["step"], line["loss"], line["loss_byol"], line["loss_mined"]] for line in metrics(finished)]
+    if not GOLDEN.exists():
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(json.dumps(losses, indent=1) + "\n")
+        pytest.fail(f"{GOLDEN} did not exist and was written: look at it and commit it")
+    golden = json.loads(GOLDEN.read_text())
+    assert len(golden) == len(losses)
+    for expected, actual in zip(golden, losses, strict=True):
+        assert actual == pytest.approx(expected, rel=1e-4)
+
+
+def test_unlabelled_images_train_and_leave_rates_out(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "data", train=20, val=0, test=0, task="unlabelled")
+    config = tiny_config(tmp_path, "train.epochs=1", "data.channels=1", "data.augment.preset=xray")
+    run_ranks(run, 2, config)
+    last = metrics(config)[-1]
+    assert last["hit_rate"] is None
+    assert last["chance_rate"] is None
+    assert last["mined_fraction"] > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "words"),
+    [
+        (["train.global_batch=64"], 1, ["50 train images", "train.global_batch=64"]),
+        (["train.global_batch=10"], 3, ["train.global_batch=10", "3 ranks"]),
+        (["train.global_batch=1"], 1, ["train.global_batch=1", "batch norm"]),
+        (["optimiser.lr=0.1"], 1, ["optimiser.lr", "0.3 -> 0.1", "name="]),
+        (["mining.policy=none", "seed=4"], 1, ["mining.policy tracin -> none", "seed 0 -> 4"]),
+    ],
+)
+def test_what_cannot_work_is_said_first(finished: Config, overrides: list[str], world_size: int, words: list[str]) -> None:
+    config = tiny_config(Path(finished.folder), *overrides)
+    with pytest.raises(UserError) as error:
+        check_run(config, read_manifest(config.data.manifest), world_size)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_what_does_not_alter_the_run_may_change(finished: Config) -> None:
+    config = tiny_config(Path(finished.folder), "train.log_every=5", "data.workers=3", "monitor.wandb=offline")
+    check_run(config, read_manifest(config.data.manifest), 2)
