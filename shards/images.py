@@ -7,7 +7,9 @@ import io
 import re
 import struct
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,14 +45,9 @@ def pack_image(content: bytes, size: int | None = None) -> Packed:
         ValueError: it cannot be decoded in full; the message says why.
     """
     image, kind = _decode(content)
-    if size is not None:
-        content, image = _resized(image, kind, size)
-    elif kind == "JPEG":
-        content = _smallest_equal(content, image)
-    else:
-        content = strip_png(content if kind == "PNG" else _as_png(image))
-        if kind != "PNG":
-            image, _ = _decode(content)
+    content = _stripped(content, image, kind) if size is None else _resized(image, kind, size)
+    if size is not None or kind == "other":
+        image, _ = _decode(content)
     return _with_statistics(content, "jpg" if content[:2] == b"\xff\xd8" else "png", image)
 
 
@@ -117,13 +114,16 @@ def _decode(content: bytes) -> tuple[Image.Image, str]:
     return image, {b"\xff\xd8\xff": "JPEG", b"\x89PN": "PNG"}.get(content[:3], "other")
 
 
-def _smallest_equal(content: bytes, image: Image.Image) -> bytes:
-    """The stripped JPEG; with the Adobe colour transform, or as PNG, where the pixels would otherwise change."""
-    wanted = (image.mode, image.tobytes())
-    for keep_adobe in (False, True):
-        stripped = strip_jpeg(content, keep_adobe)
-        again, _ = _decode(stripped)
-        if (again.mode, again.tobytes()) == wanted:
+def _stripped(content: bytes, image: Image.Image, kind: str) -> bytes:
+    """The file without metadata, proven to decode to the same pixels; as new PNG where that cannot be had."""
+    jpeg: list[Callable[[bytes], bytes]] = [strip_jpeg, partial(strip_jpeg, keep_adobe=True)]
+    for way in jpeg if kind == "JPEG" else [strip_png] if kind == "PNG" else []:
+        try:
+            stripped = way(content)
+            again, _ = _decode(stripped)
+        except ValueError:
+            continue  # Pillow bears with more damage than the strippers do
+        if (again.mode, again.tobytes()) == (image.mode, image.tobytes()):
             return stripped
     return strip_png(_as_png(image))
 
@@ -138,7 +138,7 @@ def _as_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _resized(image: Image.Image, kind: str, size: int) -> tuple[bytes, Image.Image]:
+def _resized(image: Image.Image, kind: str, size: int) -> bytes:
     scale = size / min(image.size)
     sides = (max(size, round(image.width * scale)), max(size, round(image.height * scale)))
     if image.mode.startswith("I"):  # Pillow resizes deep grey as floating point only
@@ -146,13 +146,11 @@ def _resized(image: Image.Image, kind: str, size: int) -> tuple[bytes, Image.Ima
         image = Image.fromarray(np.asarray(deep).round().clip(0, 65535).astype(np.uint16))
     else:
         image = image.convert("L" if image.mode in GREY_MODES else "RGB").resize(sides, Image.Resampling.BICUBIC)
+    if kind != "JPEG":
+        return strip_png(_as_png(image))
     buffer = io.BytesIO()
-    if kind == "JPEG":
-        image.save(buffer, "JPEG", quality=95)
-        content = strip_jpeg(buffer.getvalue())
-    else:
-        content = strip_png(_as_png(image))
-    return content, _decode(content)[0]
+    image.save(buffer, "JPEG", quality=95)
+    return strip_jpeg(buffer.getvalue())
 
 
 def _with_statistics(content: bytes, extension: str, image: Image.Image) -> Packed:

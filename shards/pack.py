@@ -125,7 +125,8 @@ class _Writer:
     def __init__(self, folder: Path, shard_samples: int) -> None:
         self.splits: dict[str, list[Shard]] = {}
         self._folder, self._limit = folder, shard_samples
-        self._split, self._file, self._tar = "", "", None  # type: str, str, tarfile.TarFile | None
+        self._split, self._file = "", ""
+        self._tar: tarfile.TarFile | None = None
         self._samples: list[list[int]] = []
         self._channels: dict[bool, tuple[int, list[int], list[int]]] = {}
 

@@ -167,6 +167,13 @@ def test_an_unreadable_image_is_a_value_error(damage):
         pack_image(content)
 
 
+def test_a_png_without_an_end_is_written_anew():
+    content = encoded(noise(), "PNG")[:-12]
+    packed = pack_image(content)
+    assert_same_pixels(packed.content, content)
+    assert packed.content.endswith(b"IEND\xaeB`\x82")
+
+
 @given(st.binary(max_size=200), st.integers(0, 2**32 - 1))
 @settings(max_examples=200, deadline=None)
 def test_any_bytes_either_pack_or_raise_value_error(tail, seed):
