@@ -8,14 +8,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from tracekin.distributed.world import World
+from tracekin.distributed.world import World, meeting_point
 
 
 @contextmanager
 def process_group(world: World, device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
     """Initialise torch.distributed for the block (gloo on CPU, NCCL on CUDA); a world of one needs no launcher.
 
-    MASTER_ADDR and MASTER_PORT are read from the environment when there are several ranks, as torchrun sets them.
+    Several ranks meet at torchrun's store, or where world.meeting_point says.
 
     Raises:
         RuntimeError: if the ranks do not meet within ``timeout``: a run never falls back to private trainings.
@@ -27,9 +27,11 @@ def process_group(world: World, device: torch.device, timeout: timedelta = timed
     if world.size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
+        address, port = meeting_point()
+        where = f"tcp://{address}:{port}"
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            where = "env://"  # torchrun's agent already serves a store there
+        dist.init_process_group(backend, where, rank=world.rank, world_size=world.size, timeout=timeout)
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ In ``src`` this is the only reader of RANK and SLURM_* variables.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -59,3 +60,23 @@ def world_from_environment(environment: Mapping[str, str] | None = None) -> Worl
         return World(rank, size, local_rank, local_size)
     except (KeyError, ValueError, AssertionError) as error:
         raise UserError(f"the launcher's variables {', '.join(names)} do not describe a rank: {error!r}.") from None
+
+
+def meeting_point(environment: Mapping[str, str] | None = None) -> tuple[str, int]:
+    """Address and port where the ranks meet: MASTER_ADDR and MASTER_PORT, else the Slurm step's first node.
+
+    Under Slurm the port comes from the job's number, so that two jobs on one node do not meet each other.
+    """
+    env = os.environ if environment is None else environment
+    alone = env.get("SLURM_STEP_NUM_NODES", "1") == "1"  # then no name needs to be resolved
+    nodes = "127.0.0.1" if alone else env["SLURM_STEP_NODELIST"]
+    job = int(env.get("SLURM_JOB_ID", "0")) + int(env.get("SLURM_STEP_ID", "0"))
+    port = env.get("MASTER_PORT") or str(20000 + job % 10000)
+    return env.get("MASTER_ADDR") or first_node(nodes), int(port)
+
+
+def first_node(nodes: str) -> str:
+    """The first host of Slurm's short notation: ``gpu[03-07,9],login`` is ``gpu03``."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
+    assert match, nodes
+    return "".join(part or "" for part in match.groups())

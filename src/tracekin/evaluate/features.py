@@ -42,7 +42,7 @@ def features(encoders: Mapping[str, Encoder], batches: Iterable[Batch], device: 
     labels, groups = [], []
     with torch.inference_mode():
         for batch in batches:
-            view_BCSS = batch.views[0].to(device)
+            view_BCSS = batch.views[0].to(device, memory_format=torch.channels_last)  # twice as fast on CPU
             for name, encoder in encoders.items():
                 encoded[name].append(encoder(view_BCSS).float().cpu())
             labels.append(batch.label)
