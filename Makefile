@@ -18,6 +18,7 @@ VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 STAMP := .venv/.installed
 export PATH := $(BIN):$(PATH)
+export OMP_NUM_THREADS ?= 1
 PRETRAIN := torchrun --standalone --nproc-per-node $(RANKS) -m tracekin.cli pretrain
 
 help:

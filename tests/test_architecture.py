@@ -51,7 +51,12 @@ def test_rooms_import_downwards_only(path: Path) -> None:
         return
     for name in imports(path):
         parts = name.split(".")
-        if parts[0] == "tracekin" and len(parts) > 1 and (ROOT / "src/tracekin" / parts[1]).with_suffix(".py").exists() | (ROOT / "src/tracekin" / parts[1]).is_dir():
+        if (
+            parts[0] == "tracekin"
+            and len(parts) > 1
+            and (ROOT / "src/tracekin" / parts[1]).with_suffix(".py").exists()
+            | (ROOT / "src/tracekin" / parts[1]).is_dir()
+        ):
             assert parts[1] == room or parts[1] in ALLOWED[room], f"{path.relative_to(ROOT)} imports {name}"
         assert parts[0] not in {"launch", "shards", "tests", "benchmarks"}, f"{path.relative_to(ROOT)} imports {name}"
 

@@ -27,7 +27,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["pretrain", "rum.yaml"], ["rum.yaml", "run.yaml"]),
         (["pretrain", "run.yaml", "mining.polcy=none"], ["mining.polcy", "mining.policy"]),
         (["pretrain", "run.yaml", "train.epochs=two"], ["train.epochs", "two"]),
-        (["pretrain", "run.yaml", "data.manifest=nowhere/manifest.json"], ["nowhere/manifest.json", "data/manifest.json"]),
+        (
+            ["pretrain", "run.yaml", "data.manifest=nowhere/manifest.json"],
+            ["nowhere/manifest.json", "data/manifest.json"],
+        ),
         (["pretrain", "run.yaml", "train.global_batch=16"], ["12 train images", "train.global_batch=16"]),
         (["pretrain"], ["CONFIG"]),
         (["pretain"], ["pretain"]),

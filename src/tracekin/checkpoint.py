@@ -85,7 +85,9 @@ def load_part(checkpoint: Path, part: str) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except Exception as error:  # safetensors' own exception type, or OSError: a damaged file either way
-        raise UserError(f"cannot read {path}: {error}. Remove {checkpoint} to go on from the checkpoint before.") from None
+        raise UserError(
+            f"cannot read {path}: {error}. Remove {checkpoint} to go on from the checkpoint before."
+        ) from None
     return tensors
 
 

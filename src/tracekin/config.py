@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: what, where, accepted values, what to do. The CLI prints it and exits with 2."""
+    """A mistake that the user can mend: what, where, accepted values, what to do. The command exits with 2."""
 
 
 T = TypeVar("T")
@@ -95,7 +95,7 @@ class ObjectiveConfig:
     name: Literal["byol"] = "byol"
     """The self-supervised loss; BYOL is the first of a family."""
     tau_base: float = 0.99
-    """The target's EMA decay at step 0; it rises to 1 on a cosine (BYOL: 0.996 for 1000 epochs, 0.99 for 300 or fewer)."""
+    """The target's EMA decay at step 0; it rises to 1 on a cosine (BYOL: 0.996 for 1000 epochs, 0.99 for 300)."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.tau_base <= 1, "objective.tau_base", self.tau_base, "0 <= x <= 1")
@@ -142,7 +142,7 @@ class TrainConfig:
     epochs: int = 100
     """Passes over the train split."""
     global_batch: int = 256
-    """Images a step over all ranks; each rank takes an equal share. Images that cannot fill a last batch are dropped."""
+    """Images a step over all ranks, shared equally. An epoch drops the images that cannot fill a last batch."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 autocasts the backbones and the online heads; weights, reductions and influence stay fp32."""
     zero_stage: Literal[0, 1, 2] = 0
@@ -189,7 +189,9 @@ class Config:
     def __post_init__(self) -> None:
         parts = Path(self.name).parts
         if not self.name or Path(self.name).is_absolute() or ".." in parts:
-            raise UserError(f"name={self.name!r} is not a name: it must be a relative path inside folder={self.folder}.")
+            raise UserError(
+                f"name={self.name!r} is not a name: it must be a relative path inside folder={self.folder}."
+            )
 
     @property
     def run_folder(self) -> Path:
@@ -314,15 +316,17 @@ def _check_keys(schema: type, extra: dict[str, Any], prefix: str, where: str) ->
         full = f"{prefix}{key}"
         if key not in known:
             every = _all_keys(schema, prefix)
-            near = difflib.get_close_matches(full, every, 1, 0.6) or [
-                k for k in _all_keys(Config, "") if k.split(".")[-1] == key and schema is Config
-            ][:1]
+            near = (
+                difflib.get_close_matches(full, every, 1, 0.6)
+                or [k for k in _all_keys(Config, "") if k.split(".")[-1] == key and schema is Config][:1]
+            )
             hint = f"did you mean {near[0]}?" if near else f"accepted here: {', '.join(known)}."
             raise UserError(f"{where}: unknown key {full}; {hint}")
         inner = known[key].type
         if isinstance(inner, type) and is_dataclass(inner):
             if not isinstance(value, dict):
-                raise UserError(f"{where}: {full} is a section, not a value; accepted in it: {', '.join(f.name for f in fields(inner))}.")
+                inside = ", ".join(f.name for f in fields(inner))
+                raise UserError(f"{where}: {full} is a section, not a value; accepted in it: {inside}.")
             _check_keys(inner, value, f"{full}.", where)
         elif isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where}: {full}={value} is not a finite number.")

@@ -16,7 +16,13 @@ def compare(rank: int, world_size: int) -> dict[str, float]:
     x = torch.randn(8, 5, 4, 4, dtype=torch.float64) * 3 + 1000
     weight = torch.randn(8, 4, 1, 1, dtype=torch.float64)
     whole = nn.Sequential(
-        nn.Conv2d(5, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(4)
+        nn.Conv2d(5, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 2),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.BatchNorm1d(4),
     ).double()
     with torch.no_grad():
         for norm in (whole[1], whole[4], whole[6]):

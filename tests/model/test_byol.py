@@ -1,3 +1,5 @@
+import itertools
+
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -20,7 +22,7 @@ def test_tau_rises_from_base_to_one(num_steps: int, base: float) -> None:
     taus = [tau_at(step, num_steps, base) for step in range(num_steps + 1)]
     assert abs(taus[0] - base) < 1e-12
     assert abs(taus[-1] - 1) < 1e-12
-    assert all(a <= b + 1e-12 for a, b in zip(taus, taus[1:], strict=False))
+    assert all(a <= b + 1e-12 for a, b in itertools.pairwise(taus))
 
 
 def test_target_follows_by_ema_and_takes_no_gradient() -> None:

@@ -47,7 +47,9 @@ def test_ranks_equal_one_process_in_float64(plain: dict[int, Any], policy: str, 
     one, many = plain[1][policy], plain[world_size][policy]
     assert torch.equal(many["index"], one["index"])
     assert abs(many["loss"] - one["loss"]) <= 1e-10 * abs(one["loss"])
-    assert torch.linalg.vector_norm(many["gradient"] - one["gradient"]) <= 1e-10 * torch.linalg.vector_norm(one["gradient"])
+    assert torch.linalg.vector_norm(many["gradient"] - one["gradient"]) <= 1e-10 * torch.linalg.vector_norm(
+        one["gradient"]
+    )
     assert torch.allclose(many["buffers"], one["buffers"], rtol=1e-10, atol=1e-12)
 
 
@@ -72,7 +74,9 @@ def engine_step(rank: int, world_size: int) -> dict[str, Any]:
             online, target = networks(torch.float32)
             train = TrainConfig(global_batch=BATCH, zero_stage=stage, precision="fp32")  # type: ignore[arg-type]
             engine = build_engine(online, OptimiserConfig(), train, world)
-            losses = byol_with_mined_positives(engine, target, rows_of(global_batch(torch.float32), world), mining(policy), **context())
+            losses = byol_with_mined_positives(
+                engine, target, rows_of(global_batch(torch.float32), world), mining(policy), **context()
+            )
             engine.backward(losses.loss)
             gradient = torch.cat([safe_get_full_grad(p).flatten() for p in online.parameters()])
             entry = {"gradient": gradient, "loss": collectives.total(losses.loss) / world_size}
@@ -88,8 +92,10 @@ def engines() -> dict[int, Any]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("world_size", (1, *WORLDS))
-def test_ranks_equal_one_process_through_deepspeed(engines: dict[int, Any], plain: dict[int, Any], world_size: int, stage: int) -> None:
+@pytest.mark.parametrize("world_size", [1, *WORLDS])
+def test_ranks_equal_one_process_through_deepspeed(
+    engines: dict[int, Any], plain: dict[int, Any], world_size: int, stage: int
+) -> None:
     moved = 0
     for policy in POLICIES:
         one, many = engines[1][f"{policy}/0"], engines[world_size][f"{policy}/{stage}"]
@@ -133,9 +139,9 @@ def updated() -> dict[int, Any]:
     return {size: run_ranks(updates, size, size)[0] for size in (1, 2)}
 
 
-@pytest.mark.parametrize("world_size", (1, 2))
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", ("sgd", "lars", "adamw"))
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
 def test_the_same_update_under_every_stage(updated: dict[int, Any], name: str, stage: int, world_size: int) -> None:
     one, many = updated[1][f"{name}/0"], updated[world_size][f"{name}/{stage}"]
     start = torch.cat([p.detach().flatten() for p in networks(torch.float32)[0].parameters()])

@@ -14,15 +14,31 @@ from tests.ranks import run_ranks
 from tests.train.tiny_run import tiny_backbone
 from tracekin import checkpoint
 from tracekin.config import Config, UserError, load
-from tracekin.distributed import collectives
 from tracekin.data.manifest import read_manifest
+from tracekin.distributed import collectives
 from tracekin.train.checks import check_run
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "losses.json"
-REQUIRED = (
-    "step epoch loss loss_byol loss_mined lr tau hit_rate chance_rate mined_fraction max_in_degree target_std effective_rank "
-    "images_per_second data_wait_fraction mining_seconds step_seconds gathered_bytes"
-).split()
+REQUIRED = [
+    "step",
+    "epoch",
+    "loss",
+    "loss_byol",
+    "loss_mined",
+    "lr",
+    "tau",
+    "hit_rate",
+    "chance_rate",
+    "mined_fraction",
+    "max_in_degree",
+    "target_std",
+    "effective_rank",
+    "images_per_second",
+    "data_wait_fraction",
+    "mining_seconds",
+    "step_seconds",
+    "gathered_bytes",
+]
 
 
 def tiny_config(folder: Path, *overrides: str) -> Config:
@@ -109,7 +125,9 @@ def test_resumed_losses_are_bit_identical(finished: Config, tmp_path: Path) -> N
     assert [[line[key] for key in same] for line in metrics(config)] == [
         [line[key] for key in same] for line in metrics(finished)
     ]
-    old, new = (checkpoint.load_part(c.run_folder / "checkpoints" / "step-00000012", "model") for c in (finished, config))
+    old, new = (
+        checkpoint.load_part(c.run_folder / "checkpoints" / "step-00000012", "model") for c in (finished, config)
+    )
     assert all(torch.equal(old[name], new[name]) for name in old)
 
 
@@ -132,7 +150,9 @@ def test_two_ranks_with_zero_follow_the_same_losses_and_resume(finished: Config,
         assert b["chance_rate"] == pytest.approx(a["chance_rate"], rel=1e-6)
     assert two[-1]["gathered_bytes"] > 0
     shutil.rmtree(config.run_folder / "checkpoints")
-    shutil.copytree(finished.run_folder / "checkpoints" / "step-00000006", config.run_folder / "checkpoints" / "step-00000006")
+    shutil.copytree(
+        finished.run_folder / "checkpoints" / "step-00000006", config.run_folder / "checkpoints" / "step-00000006"
+    )
     run_ranks(run, 2, config)
     assert metrics(config)[-1]["loss"] == pytest.approx(one[-1]["loss"], rel=1e-3)
 
@@ -170,7 +190,9 @@ def test_unlabelled_images_train_and_leave_rates_out(tmp_path: Path) -> None:
         (["mining.policy=none", "seed=4"], 1, ["mining.policy tracin -> none", "seed 0 -> 4"]),
     ],
 )
-def test_what_cannot_work_is_said_first(finished: Config, overrides: list[str], world_size: int, words: list[str]) -> None:
+def test_what_cannot_work_is_said_first(
+    finished: Config, overrides: list[str], world_size: int, words: list[str]
+) -> None:
     config = tiny_config(Path(finished.folder), *overrides)
     with pytest.raises(UserError) as error:
         check_run(config, read_manifest(config.data.manifest), world_size)

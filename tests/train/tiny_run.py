@@ -66,7 +66,9 @@ def global_batch(dtype: torch.dtype, seed: int = 1) -> Batch:
 
 def rows_of(batch: Batch, world: World) -> Batch:
     share = world.share(BATCH)
-    return Batch(views=batch.views[:, share], index=batch.index[share], group=batch.group[share], label=batch.label[share])
+    return Batch(
+        views=batch.views[:, share], index=batch.index[share], group=batch.group[share], label=batch.label[share]
+    )
 
 
 def context(step: int = 5) -> dict[str, object]:

@@ -71,12 +71,18 @@ def read_manifest(path: str | Path) -> Manifest:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.parent.glob("*/manifest.json")], 1)
-        hint = f" Did you mean {near[0]}?" if near else " Make one with: python -m shards.pack SOURCE --recipe NAME --out DIR"
+        hint = (
+            f" Did you mean {near[0]}?"
+            if near
+            else " Make one with: python -m shards.pack SOURCE --recipe NAME --out DIR"
+        )
         raise UserError(f"no manifest at {path}.{hint}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"cannot read the manifest {path}: {error}. Pack the dataset again.") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is no manifest of format {FORMAT}; pack the dataset again with this version's shards.pack.")
+        raise UserError(
+            f"{path} is no manifest of format {FORMAT}; pack the dataset again with this version's shards.pack."
+        )
     try:
         splits = {name: [Shard(**shard) for shard in shards] for name, shards in content["splits"].items()}
         manifest = Manifest(
@@ -91,7 +97,9 @@ def read_manifest(path: str | Path) -> Manifest:
         if not file.is_file():
             raise UserError(f"{path} names the shard {shard.file}, which is not there; copy it or pack again.")
         if file.stat().st_size != shard.bytes:
-            raise UserError(f"{file} has {file.stat().st_size} bytes, {path} says {shard.bytes}; copy it or pack again.")
+            raise UserError(
+                f"{file} has {file.stat().st_size} bytes, {path} says {shard.bytes}; copy it or pack again."
+            )
     return manifest
 
 

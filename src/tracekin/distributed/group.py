@@ -25,7 +25,8 @@ def process_group(world: World, device: torch.device, timeout: timedelta = timed
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world.size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = dist.HashStore()  # type: ignore[attr-defined]  # documented, but not in its __all__
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         address, port = meeting_point()
         where = f"tcp://{address}:{port}"

@@ -35,7 +35,9 @@ class World:
             UserError: if the ranks do not divide ``count``.
         """
         if count % self.size:
-            raise UserError(f"{count} images a step cannot be divided among {self.size} ranks; use a multiple of {self.size}.")
+            raise UserError(
+                f"{count} images a step cannot be divided among {self.size} ranks; use a multiple of {self.size}."
+            )
         each = count // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 

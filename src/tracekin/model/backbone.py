@@ -12,7 +12,7 @@ def build_backbone(config: ModelConfig, channels: int) -> nn.Module:
 
     The module's ``num_features`` says how wide the features are. Its parameter names are torchvision's.
     """
-    net: nn.Module = getattr(torchvision.models, config.backbone)(weights=None)
+    net: torchvision.models.ResNet = getattr(torchvision.models, config.backbone)(weights=None)
     num_features: int = net.fc.in_features
     net.fc = nn.Identity()
     if config.small_stem:
@@ -22,5 +22,5 @@ def build_backbone(config: ModelConfig, channels: int) -> nn.Module:
         net.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
     if channels != 3 or config.small_stem:
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's other layers
-    net.num_features = num_features  # type: ignore[assignment]
+    net.num_features = num_features
     return convert_batch_norms(net)

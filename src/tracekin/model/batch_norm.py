@@ -61,7 +61,8 @@ class _CrossRankNorm(torch.autograd.Function):
         )
         # Means and variances are merged, not sums of squares, which cancel (Chan et al. 1979).
         packed = torch.cat([local_mean, local_var, local_mean.new_tensor([local_count])])
-        means, variances, counts = collectives.gather(packed[None]).split([x.shape[1], x.shape[1], 1], dim=1)
+        gathered = collectives.gather(packed[None])
+        means, variances, counts = torch.split(gathered, [x.shape[1], x.shape[1], 1], dim=1)
         count = counts.sum()
         mean = (counts * means).sum(0) / count
         var = (counts * (variances + (means - mean).square())).sum(0) / count
@@ -89,7 +90,7 @@ class _CrossRankNorm(torch.autograd.Function):
         )
         mean_dy_xhat, mean_dy = (collectives.total(torch.stack([grad_weight, grad_bias])) / count).unbind()
         scale = -weight * (var + ctx.eps).rsqrt()
-        # What flows back through the mean and the variance, -w / sqrt(v + eps) (mean dy x^ . x^ + mean dy), is affine in x.
+        # What flows back through mean and variance, -w / sqrt(v + eps) (mean dy x^ . x^ + mean dy), is affine in x.
         through = F.batch_norm(x, mean, var, scale * mean_dy_xhat, scale * mean_dy, training=False, eps=ctx.eps)
         return direct.add_(through), grad_weight, grad_bias, None, None, None, None
 

@@ -22,7 +22,9 @@ class Online(nn.Module):
         super().__init__()
         self.backbone = build_backbone(config, channels)
         width = int(self.backbone.num_features)  # type: ignore[arg-type]
-        self.projector = nn.Sequential(_hidden(width, config.projector_hidden), nn.Linear(config.projector_hidden, config.projection))
+        self.projector = nn.Sequential(
+            _hidden(width, config.projector_hidden), nn.Linear(config.projector_hidden, config.projection)
+        )
         self.predictor = _hidden(config.projection, config.predictor_hidden)
         self.predictor_last = nn.Linear(config.predictor_hidden, config.projection)
         self.autocast = autocast
@@ -66,9 +68,9 @@ class Target(nn.Module):
 
     @torch.no_grad()
     def follow(self, online: Online, tau: float) -> None:
-        """Move each parameter to tau target + (1 - tau) online, in the weights' dtype (in bf16 the increments vanish)."""
-        theirs = [*online.backbone.parameters(), *online.projector.parameters()]
-        torch._foreach_lerp_(list(self.parameters()), theirs, 1 - tau)
+        """Move each parameter to tau target + (1 - tau) online, in fp32 (in bf16 the increments vanish)."""
+        theirs: list[Tensor] = [*online.backbone.parameters(), *online.projector.parameters()]
+        torch._foreach_lerp_([*self.parameters()], theirs, 1 - tau)
 
 
 def byol_loss(prediction_VBD: Tensor, target_VBD: Tensor) -> Tensor:

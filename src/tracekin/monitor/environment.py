@@ -42,7 +42,9 @@ def git_sha() -> str | None:
     """The checkout's commit, with ``-dirty`` if tracked files differ from it; None outside a checkout."""
     here = Path(__file__).parent
     try:
-        run = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--dirty"], cwd=here, capture_output=True, text=True)
+        run = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty"], cwd=here, capture_output=True, text=True
+        )
     except OSError:
         return None
     return run.stdout.strip() or None

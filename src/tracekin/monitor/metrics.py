@@ -24,7 +24,7 @@ class Clock:
     def phase(self, name: str, host: bool = False) -> Iterator[None]:
         """Time the block; ``host`` asks for wall time on the host even where the device is a GPU."""
         if self.cuda and not host:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
             yield
             end.record()

@@ -70,7 +70,9 @@ class WeightsAndBiases:
         self.run.finish()
 
 
-def open_sinks(config: MonitorConfig, run_folder: Path, name: str, settings: dict[str, Any], last_step: int) -> list[Any]:
+def open_sinks(
+    config: MonitorConfig, run_folder: Path, name: str, settings: dict[str, Any], last_step: int
+) -> list[Any]:
     """The sinks of a run that continues after ``last_step`` (0: it starts)."""
     sinks: list[Any] = [JsonLines(run_folder / "metrics.jsonl", last_step)]
     if config.wandb != "disabled":

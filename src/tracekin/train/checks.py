@@ -21,7 +21,7 @@ def check_run(config: Config, manifest: Manifest, world_size: int) -> None:
     count, batch = manifest.count("train"), config.train.global_batch
     if batch < 2:
         raise UserError(
-            f"train.global_batch={batch} is too small: batch norm and mining need at least 2 images a step over all ranks."
+            f"train.global_batch={batch} is too small: batch norm and mining need at least 2 images a step."
         )
     if count < batch:
         raise UserError(
@@ -33,7 +33,9 @@ def check_run(config: Config, manifest: Manifest, world_size: int) -> None:
             f"train.global_batch={batch} cannot be divided among {world_size} ranks; use a multiple of {world_size}."
         )
     if config.mining.policy == "oracle" and manifest.task == "unlabelled":
-        raise UserError(f"mining.policy=oracle needs labels, and {manifest.name} has none; use tracin, feature or random.")
+        raise UserError(
+            f"mining.policy=oracle needs labels, and {manifest.name} has none; use tracin, feature or random."
+        )
     _check_continues(config, config.run_folder / "config.yaml")
 
 

@@ -50,7 +50,9 @@ def build_engine(online: nn.Module, optimiser: OptimiserConfig, train: TrainConf
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found" on CPU machines
     import deepspeed
 
-    deepspeed.utils.logger.setLevel(logging.ERROR)  # its warning that our optimiser is untested is answered by our tests
+    deepspeed.utils.logger.setLevel(
+        logging.ERROR
+    )  # its warning that our optimiser is untested is answered by our tests
     num_parameters = sum(p.numel() for p in online.parameters())
     engine, *_ = deepspeed.initialize(
         model=online,
@@ -86,7 +88,7 @@ def set_lr(engine: Any, lr: float) -> None:
 
 
 def optimiser_tensors(engine: Any) -> dict[str, Tensor]:
-    """The optimiser's state, free of the world size: ``SLOT.PARAMETER`` -> a tensor of the parameter's shape (or scalar).
+    """The optimiser's state, free of the world size: ``SLOT.PARAMETER`` -> of the parameter's shape, or a scalar.
 
     Collective: under ZeRO every rank must call it, and every rank gets the whole.
     """
@@ -107,7 +109,9 @@ def load_optimiser_tensors(engine: Any, tensors: dict[str, Tensor]) -> None:
         for slot in slots:
             values = [tensors[f"{slot}.{name}"].to(held.parameter.device) for name, _, _ in members]
             if values[0].dim() == 0 or held.whole:
-                held.state[slot] = values[0].clone() if values[0].dim() == 0 else values[0].view_as(held.parameter).clone()
+                held.state[slot] = (
+                    values[0].clone() if values[0].dim() == 0 else values[0].view_as(held.parameter).clone()
+                )
                 continue
             each = held.parameter.numel()
             flat = held.parameter.new_zeros(each * collectives.world_size())

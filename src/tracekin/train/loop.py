@@ -125,7 +125,10 @@ class _Run:
             batch = next(batches).to(self.device, non_blocking=True)
         warmup_steps = round(config.optimiser.warmup_epochs * self.steps_per_epoch)
         peak = peak_lr(config.optimiser, config.train.global_batch)
-        lr, tau = lr_at(step, self.num_steps, warmup_steps, peak), tau_at(step, self.num_steps, config.objective.tau_base)
+        lr, tau = (
+            lr_at(step, self.num_steps, warmup_steps, peak),
+            tau_at(step, self.num_steps, config.objective.tau_base),
+        )
         set_lr(self.engine, lr)
         losses = train_step(
             self.engine,
@@ -164,7 +167,9 @@ class _Run:
             "epoch": (self.step - 1) // self.steps_per_epoch,
             **{key: sums[key] / each for key in ("loss", "loss_byol", "loss_mined")},
             **schedule,
-            "hit_rate": sums["hits"] / sums["num_mined"] if sums.get("hits") is not None and sums["num_mined"] else None,
+            "hit_rate": sums["hits"] / sums["num_mined"]
+            if sums.get("hits") is not None and sums["num_mined"]
+            else None,
             "chance_rate": sums["chance"] / each if "chance" in sums else None,
             "mined_fraction": sums["num_mined"] / sums["num_anchors"] if mined else None,
             "max_in_degree": sums["max_in_degree"] / each if mined else None,
@@ -182,13 +187,21 @@ class _Run:
         """Checkpoint and gallery; collective, because ZeRO's optimiser state lies on all ranks."""
         optimiser = optimiser_tensors(self.engine)
         if losses.mined is not None and losses.pool is not None:
-            chosen = torch.stack([collectives.gather(losses.mined.index[:, 0]).double(), collectives.gather(losses.mined.score[:, 0]).double()])
+            chosen = torch.stack(
+                [
+                    collectives.gather(losses.mined.index[:, 0]).double(),
+                    collectives.gather(losses.mined.score[:, 0]).double(),
+                ]
+            )
             self._write_gallery(chosen.cpu(), losses.pool.ids.cpu())
         if self.world.is_main:
             networks = {"online": self.engine.module, "target": self.target}
             model = {f"{name}.{key}": t for name, net in networks.items() for key, t in net.state_dict().items()}
             parts = {"model": model, "optimiser": optimiser}
-            state = {"config": to_dict(self.config), "environment": environment(self.world.size, self.device, self.config.train.zero_stage)}
+            state = {
+                "config": to_dict(self.config),
+                "environment": environment(self.world.size, self.device, self.config.train.zero_stage),
+            }
             checkpoint.save(self.folder, self.step, parts, state, self.config.train.keep_checkpoints)
         collectives.barrier()
 
@@ -199,7 +212,9 @@ class _Run:
         mined = [(i, int(j), s) for i, (j, s) in enumerate(chosen.T.tolist()) if j >= 0]
         spaced = mined[:: max(1, len(mined) // NUM_GALLERY)][:NUM_GALLERY]
         pairs = [[int(ids[i]), int(ids[j]), s] for i, j, s in spaced]
-        (self.folder / "gallery.json").write_text(json.dumps({"step": self.step, "pairs": pairs}) + "\n", encoding="utf-8")
+        (self.folder / "gallery.json").write_text(
+            json.dumps({"step": self.step, "pairs": pairs}) + "\n", encoding="utf-8"
+        )
 
     def _open_folder(self) -> list[Any]:
         if not self.world.is_main:
@@ -213,8 +228,8 @@ class _Run:
     def _headline(self) -> str:
         config = self.config
         return (
-            f"{self.folder}: {config.mining.policy} on {self.manifest.name}, {self.manifest.count('train')} train images,"
-            f" {config.model.backbone}, {config.data.image_size} px, batch {config.train.global_batch} over"
+            f"{self.folder}: {config.mining.policy} on {self.manifest.name}, {self.manifest.count('train')} train"
+            f" images, {config.model.backbone}, {config.data.image_size} px, batch {config.train.global_batch} over"
             f" {self.world.size} {self.device.type} rank(s), ZeRO {config.train.zero_stage}, {config.train.precision},"
             f" {self.num_steps} steps{f', continuing after step {self.step}' if self.step else ''}"
         )

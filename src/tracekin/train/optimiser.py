@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from tracekin.config import OptimiserConfig
 from tracekin.distributed import collectives
 
-
 DEFAULT_LR = {"sgd": 0.5, "lars": 0.3, "adamw": 1e-3}
 
 

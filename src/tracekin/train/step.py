@@ -48,7 +48,7 @@ def byol_with_mined_positives(
 ) -> Losses:
     """Both losses of one batch; ``predict`` is the online network or the engine around it.
 
-    The mean over ranks of ``loss`` is the loss of the global batch: images without a proponent add 0, the divisor stays B.
+    The mean over ranks of ``loss`` is the global batch's loss: images without a proponent add 0, the divisor stays B.
     """
     # 1. Predict both views with the online network; project both with the target.
     with clock.phase("online"):
@@ -76,7 +76,9 @@ def byol_with_mined_positives(
     return Losses(loss_byol + weight * loss_mined, loss_byol, loss_mined, target_VBD, mined, rows, pool)
 
 
-def train_step(engine: Any, target: Target, batch: Batch, mining: MiningConfig, *, tau: float, **context: Any) -> Losses:
+def train_step(
+    engine: Any, target: Target, batch: Batch, mining: MiningConfig, *, tau: float, **context: Any
+) -> Losses:
     """One optimiser step; ``context`` is passed to ``byol_with_mined_positives``."""
     losses = byol_with_mined_positives(engine, target, batch, mining, **context)
     # 5. Backward and step through DeepSpeed; the target follows by an exponential moving average.

@@ -1,0 +1,52 @@
+"""What the documents say can be done: make targets, files, links, commands and config keys exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tracekin.config import Config, EvaluateConfig, load
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "shards" / "README.md"]
+COMMANDS = [
+    (document, line.strip().removeprefix("$ "))
+    for document in DOCUMENTS
+    for block in re.findall(r"^```(?:bash|sh)?\n(.*?)^```", document.read_text(encoding="utf-8"), re.M | re.S)
+    for line in re.sub(r"\\\n\s*", " ", block).splitlines()
+    if re.match(r"\s*(\$ )?(make|tracekin|torchrun|srun|python -m) ", line)
+]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (document.parent / target).exists(), target
+    for name in re.findall(r"`((?:configs|src|tests|shards|benchmarks)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(COMMANDS) >= 8
+
+
+@pytest.mark.parametrize(("document", "line"), COMMANDS, ids=lambda x: x if isinstance(x, str) else x.name)
+def test_commands_exist(document: Path, line: str) -> None:
+    words = line.split("#")[0].split()
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+        assert words[1] in targets
+        return
+    for module in re.findall(r"python -m ([\w.]+)|-m (tracekin\.cli)", line):
+        path = ROOT / (module[0] or "src." + module[1]).replace(".", "/")
+        assert path.with_suffix(".py").exists() or path.is_dir(), module
+    keys = [word for word in words if re.match(r"[a-z_.]+=\S+$", word) and not word.startswith("-")]
+    if "pretrain" in words:
+        load(Config, ROOT / words[words.index("pretrain") + 1], [k for k in keys if "NAME" not in k])
+    elif "evaluate" in words:
+        load(EvaluateConfig, None, [k for k in keys if "=" in k and "PATH" not in k])
+    if words[0] == "tracekin":
+        from tracekin.cli import cli
+
+        assert words[1] in cli.commands
