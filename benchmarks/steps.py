@@ -79,7 +79,7 @@ def compare_with_plain(
         policies: to compare with ``none``.
         device: where the step runs.
         budget: seconds for all pairs together, warm-up not included.
-        most_pairs: pairs a policy are enough; there are never fewer than 3 of these, whatever the budget.
+        most_pairs: pairs that are enough for a policy; 3 of these are measured whatever the budget.
 
     Returns:
         By policy: ``plain`` and ``mined``, the ``summary`` of the steps' seconds; ``pair_ratio``, the ``summary`` of mined

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from tracekin.evaluate.features import Features
 from tracekin.evaluate.metrics import point
@@ -15,6 +16,7 @@ from tracekin.evaluate.metrics import point
 NORMALISATION = "features standardised on train"
 MAX_ITERATIONS = 100
 """Of L-BFGS a fit. A fit that stops here is an early-stopped one, which val judges like any other."""
+_SMALL = 1 << 25  # numbers in train below which one BLAS thread is faster than several that wait for each other
 
 
 def linear_probability(
@@ -59,7 +61,7 @@ def _fit(
     models = []
     for target in label_NL.T if multilabel else [label_NL.argmax(1)]:
         model = LogisticRegression(C=c, class_weight="balanced", max_iter=MAX_ITERATIONS)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), threadpool_limits(1 if x.size < _SMALL else None, user_api="blas"):
             warnings.simplefilter("ignore", ConvergenceWarning)
             models.append(model.fit(x, target) if len(np.unique(target)) > 1 else None)
     return models
