@@ -1,10 +1,10 @@
 """Phantoms: dermoscopy-like lesions drawn from a seed, so that a fresh machine needs no download.
 
 Five imbalanced classes are told apart by border, inner structure and asymmetry; colours come from one distribution for
-all of them, but that vessels blush faintly and irregular lesions are somewhat larger and darker. A lesion's pigment is a
-function of its own coordinates, so several images of one lesion show the same structure under another pose, zoom, light
-and hair. Colour follows Beer and Lambert: skin * exp(-absorption * pigment). Nuisances are mostly such as the views of
-pretraining vary too (position, zoom, light), so that little training suffices to look past them.
+all of them, but that vessels blush faintly and irregular lesions are somewhat larger and darker. A lesion's pigment is
+a function of its own coordinates, so several images of one lesion show the same structure under another pose, zoom,
+light and hair. Colour follows Beer and Lambert: skin * exp(-absorption * pigment). Nuisances are mostly such as the
+views of pretraining vary too (position, zoom, light), so that little training suffices to look past them.
 """
 
 import io
