@@ -6,9 +6,9 @@ a function of its own coordinates, so several images of one lesion show the same
 light and hair. Colour follows Beer and Lambert: skin * exp(-absorption * pigment). Nuisances are mostly such as the
 views of pretraining vary too (position, zoom, light), so that little training suffices to look past them.
 
-Fairness (``benchmarks/phantom_fairness.py --epochs 10``, seed 0, 2,546 images of 64 px, balanced accuracy on test, chance
-0.20): supervised ResNet-18 1.00, kNN on the image area-averaged to 8x8 0.29, kNN on an untrained ResNet-18 0.39. For
-orientation, one BYOL run of 12 epochs (18,000 images, mild jitter): kNN 0.60.
+Fairness (``benchmarks/phantom_fairness.py --epochs 10``, seed 0, 2,546 images of 64 px, balanced accuracy on test,
+chance 0.20): supervised ResNet-18 1.00, kNN on the image area-averaged to 8x8 0.29, kNN on an untrained ResNet-18
+0.39. For orientation, one BYOL run of 12 epochs (18,000 images, mild jitter): kNN 0.60.
 """
 
 import io
