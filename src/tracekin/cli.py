@@ -54,8 +54,12 @@ def evaluate(arguments: tuple[str, ...]) -> None:
 
     from tracekin.evaluate.run import evaluate_run
 
+    from tracekin.evaluate.summary import collect
+    from tracekin.evaluate.table import table
+
     for run in runs:
         evaluate_run(run, config)
+    click.echo(table(collect(runs)))
 
 
 @cli.command()
@@ -66,9 +70,10 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
     for run in runs:
         _require_run(run)
 
-    from tracekin.evaluate.table import summarise
+    from tracekin.evaluate.table import summarise, table
 
-    summarise(list(runs), out)
+    click.echo(table(summarise(list(runs), out)))
+    click.echo(f"written: {out / 'summary.json'} {out / 'index.html'}")
 
 
 def _split(arguments: tuple[str, ...]) -> tuple[list[Path], list[str]]:
