@@ -53,7 +53,6 @@ def evaluate(arguments: tuple[str, ...]) -> None:
         _require_run(run)
 
     from tracekin.evaluate.run import evaluate_run
-
     from tracekin.evaluate.summary import collect
     from tracekin.evaluate.table import table
 

@@ -200,16 +200,18 @@ class Config:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Scores of a finished run's encoder: bank and probe on train, choices on val, score on test."""
+    """Scores of a finished run's encoder: bank and probe on train, the probe's C from val."""
 
     manifest: str | None = None
     """Score on this manifest instead of the run's own."""
+    split: Literal["test", "val"] = "test"
+    """Split that is scored: choose a recipe on val, report it on test."""
     knn_k: int = 20
     """Neighbours that vote."""
     knn_temperature: float = 0.07
     """T in the vote's weight exp(cosine / T)."""
     linear_c: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
-    """Inverse regularisation strengths of the linear probe; the best on val is scored on test."""
+    """Inverse regularisation strengths of the linear probe; the best on val is taken."""
     bootstrap: int = 1000
     """Bootstrap replicates, drawn by group, behind each standard error and 95 % interval."""
     batch: int = 256

@@ -43,7 +43,7 @@ def test_summary_has_what_was_promised(runs: list[Path], tmp_path: Path) -> None
 
 def test_differences_are_those_of_the_paired_predictions(runs: list[Path]) -> None:
     rows = {row["method"]: row for row in collect(runs)["rows"]}
-    with np.load(runs[1] / "evaluations/step-00000040-tiny.npz") as arrays:
+    with np.load(runs[1] / "evaluations/step-00000040-tiny-test.npz") as arrays:
         own = point(arrays["tracin.knn"], arrays["label"], multilabel=False)["balanced_accuracy"]
     assert rows["tracin"]["knn_balanced_accuracy"] == pytest.approx(own)
     better = max(("pixels", "untrained"), key=lambda name: rows[name]["knn_balanced_accuracy"])

@@ -42,8 +42,8 @@ def evaluate_run(run_folder: Path, config: EvaluateConfig, *, progress: bool = T
     """Score a run's newest checkpoint, and the baselines beside it; print nothing but a progress bar.
 
     Features are those of the online backbone after global pooling, in eval mode and fp32. Writes
-    ``evaluations/CHECKPOINT-DATASET.json`` into the run's folder, and beside it a .npz with the predictions for each
-    test image, which paired comparisons between runs need.
+    ``evaluations/CHECKPOINT-DATASET-SPLIT.json`` into the run's folder, and beside it a .npz with the predictions for
+    each scored image, which paired comparisons between runs need.
 
     Args:
         run_folder: what ``tracekin pretrain`` left.
@@ -72,8 +72,8 @@ def evaluate_run(run_folder: Path, config: EvaluateConfig, *, progress: bool = T
         _baselines.setdefault(key, {name: scored[name] for name in ("pixels", "untrained") if name in scored})
         scored = _baselines[key] | {run.mining.policy: scored[run.mining.policy]}
 
-    test = encoded[run.mining.policy]["test"]
-    name = f"{newest.name}-{manifest.name.replace('/', '-')}"
+    test = encoded[run.mining.policy][config.split]
+    name = f"{newest.name}-{manifest.name.replace('/', '-')}-{config.split}"
     content = _facts(run, newest, manifest, test, config, device) | {
         "predictions": f"{name}.npz",
         "rows": [s.row for s in scored.values()],
@@ -95,7 +95,7 @@ def _check(manifest: Manifest, config: EvaluateConfig) -> None:
     where = manifest.folder / "manifest.json"
     if manifest.task == "unlabelled":
         raise UserError(f"{where} has no labels to score with; name a multiclass or multilabel one: manifest=PATH.")
-    for split in ("train", "test"):
+    for split in ("train", config.split):
         manifest.shards(split)
     if not manifest.splits.get("val") and len(config.linear_c) > 1:
         raise UserError(
@@ -164,7 +164,7 @@ def _encode(
 
 def _score(name: str, splits: Splits, config: EvaluateConfig, multilabel: bool, device: torch.device) -> Scored:
     """Both probes of one method; each result carries the settings that its score depends on."""
-    train, test = splits["train"], splits["test"]
+    train, test = splits["train"], splits[config.split]
     near = knn.knn_probability(
         train.x, train.label, test.x, k=config.knn_k, temperature=config.knn_temperature, device=device
     )
@@ -205,8 +205,9 @@ def _facts(
         "task": manifest.task,
         "classes": manifest.classes,
         "images": {split: manifest.count(split) for split in SPLITS if manifest.splits.get(split)},
-        "test_groups": len(np.unique(test.group)),
-        "test_images_by_class": test.label.sum(0).tolist(),
+        "split": config.split,
+        "groups": len(np.unique(test.group)),
+        "images_by_class": test.label.sum(0).tolist(),
         "bootstrap": {"replicates": config.bootstrap, "seed": config.seed, "unit": "group"},
         "device": device.type,
     }

@@ -52,7 +52,8 @@ def collect(run_folders: Sequence[Path]) -> Json:
         "metric": _metric(first),
         "task": first["task"],
         "images_by_split": first["images"],
-        "test_groups": first["test_groups"],
+        "split": first["split"],
+        "groups": first["groups"],
         "image_size": common([e["image_size"] for e in found]),
         "knn": {key: first["rows"][0]["knn"][key] for key in ("k", "temperature", "normalisation")},
         "linear": {key: first["rows"][0]["linear"][key] for key in ("grid", "normalisation")},
@@ -130,7 +131,7 @@ def _check_comparable(run_folders: Sequence[Path], found: Sequence[Json]) -> Non
     def settings(evaluation: Json) -> Json:
         knn, linear = evaluation["rows"][0]["knn"], evaluation["rows"][0]["linear"]
         return {
-            **{key: evaluation[key] for key in ("dataset", "images", "classes", "bootstrap")},
+            **{key: evaluation[key] for key in ("dataset", "images", "split", "classes", "bootstrap")},
             "knn_k": knn["k"],
             "knn_temperature": knn["temperature"],
             "linear_c": linear["grid"],

@@ -69,8 +69,9 @@ def caption(summary: Json) -> str:
     grid = ", ".join(f"{c:g}" for c in linear["grid"])
     chosen = f"C of {grid} chosen on val" if len(linear["grid"]) > 1 else "C fixed"
     metric = NAMES[summary["metric"]]
+    split = summary["split"]
     return (
-        f"{metric[0].upper()}{metric[1:]} on {images['test']:,} test images ({summary['test_groups']:,} groups) of "
+        f"{metric[0].upper()}{metric[1:]} on {images[split]:,} {split} images ({summary['groups']:,} groups) of "
         f"{summary['dataset']}, ± one standard error ({summary['bootstrap']['replicates']:,} bootstrap replicates by "
         f"group); bank: {images['train']:,} train images. kNN: k {knn['k']}, T {knn['temperature']:g}, cosine, "
         f"{knn['normalisation']}. Linear: logistic regression, balanced classes, {linear['normalisation']}, {chosen}. "
