@@ -4,9 +4,9 @@
 
 Two ranks of one thread each train through DeepSpeed in bf16, as the default configuration says, on a synthetic batch.
 Steps without and with mining alternate on the same engine; `ratio` is the median of mined over plain in each pair, and
-exit code 1 says that some ratio exceeds the bound. `estimate` is free of the machine's noise: 1 + (median seconds of the
-mining phase + those of the mined loss term) / median seconds of the plain step; the phase includes waiting for the
-other rank. `monitoring` is the same share for the figures that the training loop logs beside each mined step.
+exit code 1 says that some ratio exceeds the bound. `estimate` hardly sees the machine's noise: 1 + (median seconds of
+the mining phase + those of the mined loss term) / median seconds of the plain step; the phase includes waiting for the
+other rank. `monitoring` is the share of what the training loop computes for its log beside each mined step.
 The machine should do nothing else: about three minutes on 2 cores.
 """
 

@@ -1,7 +1,7 @@
 """Ranks for benchmarks and GPU tests: ``run_ranks(function, world_size, *args)`` returns each rank's value.
 
-Every rank is a fresh process, because one that is forked cannot use CUDA if its parent ever looked for it. Ranks meet in
-a file, so no port can be taken.
+Every rank is a fresh process, because one that is forked cannot use CUDA if its parent ever looked for it. Ranks meet
+in a file, so no port can be taken.
 """
 
 import os

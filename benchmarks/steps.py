@@ -82,8 +82,9 @@ def compare_with_plain(
         most_pairs: pairs that are enough for a policy; 3 of these are measured whatever the budget.
 
     Returns:
-        By policy: ``plain`` and ``mined``, the ``summary`` of the steps' seconds; ``pair_ratio``, the ``summary`` of mined
-        over plain in each pair; ``ratio``, its median; ``plain_phases`` and ``mined_phases``, median seconds by phase.
+        By policy: ``plain`` and ``mined``, the ``summary`` of the steps' seconds; ``pair_ratio``, the ``summary`` of
+        mined over plain in each pair; ``ratio``, its median, because neighbours share the machine's mood;
+        ``plain_phases`` and ``mined_phases``, median seconds by phase.
     """
     clock = Clock(device)
     for policy in ("none", *policies):
@@ -106,7 +107,7 @@ def compare_with_plain(
         found = compare({"plain": timed("plain", "none"), "mined": timed("mined", policy)}, pairs=pairs, warmup=0)
         results[policy] = {
             **found,
-            "ratio": found["pair_ratio"]["median"],  # neighbours share the machine's mood; medians of each side need not
+            "ratio": found["pair_ratio"]["median"],
             **{f"{side}_phases": _medians(steps) for side, steps in phases.items()},
         }
     return results

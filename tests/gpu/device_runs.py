@@ -1,0 +1,122 @@
+"""What the GPU tests run, with the device as a parameter so that it is tried on CPU too."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, get_args
+
+import torch
+
+from tests.train.tiny_run import BATCH, global_batch, mining, networks, rows_of
+from tracekin.config import ModelConfig, OptimiserConfig, Policy, TrainConfig
+from tracekin.data.stream import Batch
+from tracekin.distributed import collectives
+from tracekin.distributed.world import World
+from tracekin.model.byol import Online, Target
+from tracekin.monitor.metrics import Clock
+from tracekin.train.step import Losses, byol_with_mined_positives
+
+POLICIES = get_args(Policy)
+STAGES = (0, 1, 2)
+MODEL = ModelConfig(projector_hidden=256, projection=64, predictor_hidden=256)
+
+
+@contextmanager
+def ieee_convolutions_and_products() -> Iterator[None]:
+    """No TF32 in the block: cuDNN's convolutions use it by default."""
+    backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def losses_and_gradient(
+    online: Online, target: Target, batch: Batch, policy: str, device: torch.device
+) -> dict[str, Any]:
+    """Loss, whole gradient and positives of one step on ``device``, brought to the CPU."""
+    online, target = online.to(device), target.to(device)
+    losses = byol_with_mined_positives(online, target, batch.to(device), mining(policy), **context(device))
+    losses.loss.backward()
+    return {**described(losses), "gradient": flat_gradient(online)}
+
+
+def fp32_weights_step(net: str, device: torch.device, policy: str, *, bf16: bool) -> dict[str, Any]:
+    """``losses_and_gradient`` of the tiny net, or of a ResNet-18 on 16 images of 48 px, without TF32."""
+    batch = global_batch(torch.float32)
+    if net == "tiny":
+        online, target = networks(torch.float32)
+        online.autocast = target.autocast = bf16
+    else:
+        torch.manual_seed(0)
+        online = Online(MODEL, 3, autocast=bf16)
+        target = Target(online)
+        views = torch.randn(2, BATCH, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+        batch = replace(batch, views=views)
+    with ieee_convolutions_and_products():
+        return losses_and_gradient(online, target, batch, policy, device)
+
+
+def rank_steps(rank: int, device_name: str) -> dict[str, dict[str, Any]]:
+    """The global batch's loss, gradient and positives for every policy: without DeepSpeed in float64, with it in fp32.
+
+    Keys are POLICY for the first and POLICY/STAGE for the second. Several ranks may share one GPU, over gloo.
+    """
+    torch.set_num_threads(1)
+    device = torch.device(device_name)
+    world = World(rank, collectives.world_size())  # the first of its node for all it knows, so all take GPU 0
+    results = {}
+    with ieee_convolutions_and_products():
+        for policy in POLICIES:
+            batch = rows_of(global_batch(torch.float64), world)
+            one = losses_and_gradient(*networks(torch.float64), batch, policy, device)
+            mean = {key: collectives.total(one[key]) / world.size for key in ("loss", "gradient")}
+            results[policy] = {**one, **mean}
+            for stage in STAGES:
+                results[f"{policy}/{stage}"] = engine_step(world, device, policy, stage)
+    return results
+
+
+def engine_step(world: World, device: torch.device, policy: str, stage: int) -> dict[str, Any]:
+    """One step through DeepSpeed in fp32, its gradient read before the update."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from tracekin.train.engine import build_engine
+
+    online, target = networks(torch.float32)
+    online, target = online.to(device), target.to(device)
+    train = TrainConfig(global_batch=BATCH, zero_stage=stage, precision="fp32")  # type: ignore[arg-type]
+    engine = build_engine(online, OptimiserConfig(), train, world)
+    batch = rows_of(global_batch(torch.float32), world).to(device)
+    losses = byol_with_mined_positives(engine, target, batch, mining(policy), **context(device))
+    engine.backward(losses.loss)
+    gradient = torch.cat([safe_get_full_grad(p).flatten() for p in online.parameters()]).cpu()
+    one = described(losses)
+    engine.step()
+    target.follow(engine.module, 0.9)
+    updated = torch.cat([p.detach().flatten() for p in online.parameters()]).cpu()
+    return {**one, "loss": collectives.total(one["loss"]) / world.size, "gradient": gradient, "updated": updated}
+
+
+def described(losses: Losses) -> dict[str, Any]:
+    """On the CPU: this rank's loss, and every rank's positives."""
+    index = collectives.gather(losses.mined.index[:, 0]).cpu() if losses.mined else torch.empty(0)
+    return {"loss": losses.loss.detach().cpu(), "index": index}
+
+
+def flat_gradient(online: Online) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in online.parameters() if p.grad is not None]).cpu()
+
+
+def context(device: torch.device) -> dict[str, Any]:
+    return {"weight": 0.25, "seed": 0, "step": 5, "clock": Clock(device), "traffic": collectives.Traffic()}
+
+
+def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """|found - truth| / |truth| over all entries together, in float64."""
+    truth = truth.double()
+    return float(torch.linalg.vector_norm(found.double() - truth) / torch.linalg.vector_norm(truth))
