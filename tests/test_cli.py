@@ -1,16 +1,19 @@
 """The command as a user types it: one clear line and exit code 2 for a mistake, no traceback, nothing half-written."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.data.tiny import make_dataset
 
 
-def tracekin(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "tracekin.cli", *arguments], cwd=cwd, capture_output=True, text=True)
+def tracekin(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tracekin.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,17 @@ def test_a_damaged_shard_is_named(project: Path) -> None:
         shard.write_bytes(whole)
     assert result.returncode == 2
     assert "train-000000.tar" in result.stderr
+
+
+def test_a_missing_compiler_is_named(project: Path) -> None:
+    """DeepSpeed would die in a traceback on CPU."""
+    if torch.cuda.is_available():
+        pytest.skip("DeepSpeed builds nothing where there is a GPU")
+    result = tracekin("pretrain", "run.yaml", cwd=project, env={**os.environ, "PATH": "", "CXX": "no-such-compiler"})
+    assert result.returncode == 2, result.stderr
+    assert "C++ compiler" in result.stderr
+    assert "apt-get install g++" in result.stderr
+    assert not (project / "runs").exists()
 
 
 def test_help_fits_a_terminal() -> None:

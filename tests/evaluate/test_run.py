@@ -43,7 +43,7 @@ def test_scores_the_online_backbone_beside_its_baselines(tmp_path: Path, manifes
         assert 0 <= low <= row["knn"]["balanced_accuracy"]["value"] <= high <= 1
     assert same["images"] == {"train": 36, "val": 12, "test": 18}
     written = list((tmp_path / "same/evaluations").iterdir())
-    assert sorted(p.name for p in written) == ["step-00000040-tiny-test.json", "step-00000040-tiny.npz"]
+    assert sorted(p.name for p in written) == ["step-00000040-tiny-test.json", "step-00000040-tiny-test.npz"]
     assert json.loads(min(written).read_text()) == same
 
 

@@ -60,6 +60,7 @@ def evaluate_run(run_folder: Path, config: EvaluateConfig, *, progress: bool = T
     manifest = read_manifest(config.manifest or run.data.manifest)
     _check(manifest, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
 
     encoders: dict[str, Encoder] = {run.mining.policy: _trained(run, newest).to(device)}
     key = _baseline_key(run, manifest, config)

@@ -20,8 +20,8 @@ from tracekin.distributed.world import World
 from tracekin.train.optimiser import build_optimiser
 
 
-def preflight() -> None:
-    """Check what DeepSpeed needs to build its CPU op, before it can fail in a traceback.
+def preflight(device: torch.device) -> None:
+    """Check what DeepSpeed needs, on CPU to build an op of its own, before it can fail in a traceback.
 
     Raises:
         UserError: no C++ compiler, or no ninja.
@@ -30,9 +30,10 @@ def preflight() -> None:
     if not shutil.which("ninja") and os.access(os.path.join(scripts, "ninja"), os.X_OK):
         os.environ["PATH"] = scripts + os.pathsep + os.environ.get("PATH", "")  # an environment that is not activated
     missing = []
-    if not shutil.which(os.environ.get("CXX", "c++")) and not shutil.which("g++"):
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    if device.type == "cpu" and not compiler:
         missing.append("a C++ compiler (Debian, Ubuntu: apt-get install g++; conda: conda install gxx)")
-    if not shutil.which("ninja"):
+    if device.type == "cpu" and not shutil.which("ninja"):
         missing.append("ninja (pip install ninja)")
     if not importlib.util.find_spec("deepspeed"):
         missing.append("deepspeed (pip install deepspeed)")

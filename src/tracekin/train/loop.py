@@ -42,8 +42,8 @@ def pretrain(config: Config) -> Path:
     world = world_from_environment()
     manifest = read_manifest(config.data.manifest)
     check_run(config, manifest, world.size)
-    preflight()
     device = _claim_device(config, world)
+    preflight(device)
     with process_group(world, device):
         _Run(config, manifest, world, device).train()
     return config.run_folder
@@ -79,11 +79,13 @@ class _Run:
         self._say(self._headline())
         sinks = self._open_folder()
         progress = Progress(self.num_steps, self.step) if self.world.is_main else None
+        began = time.perf_counter()
         try:
             self._loop(sinks, progress)
         finally:
             for closable in [*sinks, *([progress] if progress else [])]:
                 closable.close()
+        self._say(f"{self.folder}: done in {time.perf_counter() - began:.0f} s; next: tracekin evaluate {self.folder}")
 
     def _loop(self, sinks: list[Any], progress: Progress | None) -> None:
         config = self.config
@@ -155,22 +157,21 @@ class _Run:
         self.meter.add(max_in_degree=degrees.max())
         if losses.rows.labels.shape[1]:
             hits, chance = hit_and_chance(losses.mined, losses.rows, losses.pool, self.config.mining.exclude_group)
-            self.meter.add(hits=hits.nansum(), chance=chance.nanmean())
+            self.meter.add(hits=hits.nansum(), chance=chance.where(index_B >= 0, 0).sum())
 
     def _record(self, losses: Losses, schedule: dict[str, float], seconds: float, steps: int) -> dict[str, Any]:
         """One line of metrics.jsonl: means over the ``steps`` steps since the line before, seconds a step."""
         phases, sums = self.clock.flush(), self.meter.flush()
         each = steps * self.world.size
         mined = "num_mined" in sums
+        labelled = "hits" in sums and sums["num_mined"] > 0
         record: dict[str, Any] = {
             "step": self.step,
             "epoch": (self.step - 1) // self.steps_per_epoch,
             **{key: sums[key] / each for key in ("loss", "loss_byol", "loss_mined")},
             **schedule,
-            "hit_rate": sums["hits"] / sums["num_mined"]
-            if sums.get("hits") is not None and sums["num_mined"]
-            else None,
-            "chance_rate": sums["chance"] / each if "chance" in sums else None,
+            "hit_rate": sums["hits"] / sums["num_mined"] if labelled else None,
+            "chance_rate": sums["chance"] / sums["num_mined"] if labelled else None,
             "mined_fraction": sums["num_mined"] / sums["num_anchors"] if mined else None,
             "max_in_degree": sums["max_in_degree"] / each if mined else None,
             **spread(collectives.gather(losses.target_VBD, 1)[0]),
@@ -244,6 +245,8 @@ def _claim_device(config: Config, world: World) -> torch.device:
         device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
+        precise = "ieee" if config.train.precision == "fp32" else "tf32"
+        torch.backends.cudnn.conv.fp32_precision = precise  # type: ignore[attr-defined]
         return device
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(config.train.threads or max(1, cores // world.local_size))
