@@ -17,7 +17,9 @@ SOURCE ?= ham10000.zip
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 STAMP := .venv/.installed
-export PATH := $(BIN):$(PATH)
+# DeepSpeed's compiled CPU op belongs to this environment: two that share a cache rebuild it for each other.
+export TORCH_EXTENSIONS_DIR ?= $(VENV)/torch_extensions
+lock demo ham10000 test check bench data/phantom/manifest.json data/ham10000/manifest.json: export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 PRETRAIN := torchrun --standalone --nproc-per-node $(RANKS) -m tracekin.cli pretrain
 
@@ -77,7 +79,10 @@ bench: $(STAMP)
 	python -m benchmarks.mining_overhead
 
 gpu:
-	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu
+	@PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -c 'import torch, torchvision, deepspeed, tracekin.config, pytest' || \
+	  { echo "Missing: $(PYTHON) is used as it is, and must import torch >= 2.11 with CUDA and tracekin's other dependencies;"; \
+	    echo "name another with make gpu PYTHON=...  Nothing was run, measured or claimed."; exit 2; }
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.gpu
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

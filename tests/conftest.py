@@ -3,6 +3,9 @@ from pathlib import Path
 
 # Before anybody imports torch: test processes, and the ranks they start, share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# This suite is the CPU's on every machine: its forked ranks could not use CUDA. `make gpu` runs tests/gpu without it.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["DS_ACCELERATOR"] = "cpu"
 
 import pytest
 from hypothesis import HealthCheck, settings

@@ -71,7 +71,7 @@ def byol_with_mined_positives(
         mined_B = mined.index[:, 0]
 
     # 4. BYOL's loss on the two views, plus the weighted one towards the mined positive's target.
-    positive_VBD = pool.target.flip(0)[:, mined_B.clamp(min=0)]
+    positive_VBD = pool.target[:, mined_B.clamp(min=0)].flip(0)
     loss_mined = (byol_loss(prediction_VBD, positive_VBD) * (mined_B >= 0)).mean()
     return Losses(loss_byol + weight * loss_mined, loss_byol, loss_mined, target_VBD, mined, rows, pool)
 
