@@ -78,11 +78,13 @@ bench: $(STAMP)
 	python -m benchmarks.influence_exactness
 	python -m benchmarks.mining_overhead
 
+gpu: export PYTHONPATH := src:$(PYTHONPATH)
 gpu:
-	@PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -c 'import torch, torchvision, deepspeed, tracekin.config, pytest' || \
-	  { echo "Missing: $(PYTHON) is used as it is, and must import torch >= 2.11 with CUDA and tracekin's other dependencies;"; \
-	    echo "name another with make gpu PYTHON=...  Nothing was run, measured or claimed."; exit 2; }
-	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.gpu
+	@$(PYTHON) -c 'import importlib.util as u, sys; \
+	  lacking = [n for n in "torch torchvision deepspeed webdataset wandb omegaconf pytest".split() if not u.find_spec(n)]; \
+	  sys.exit(2 * bool(lacking and not print("Missing:", *lacking, "in $(PYTHON), which is used as it is (make gpu PYTHON=...).", \
+	  "Nothing was run, measured or claimed.")))'
+	$(PYTHON) -m benchmarks.gpu
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
