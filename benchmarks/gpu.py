@@ -17,20 +17,20 @@ import time
 import traceback
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from benchmarks.gpu_throughput import throughput
 from benchmarks.harness import arguments, finish
 from benchmarks.ranks import run_ranks
-from tracekin.config import Config, load
+from tracekin.config import Config, Policy, load
 
 ROOT = Path(__file__).parent.parent
 TEST_SECONDS = 270
 THROUGHPUT_SECONDS = 200
 POOL_RANKS = 64
-POLICIES = ("tracin", "tracin_cosine", "feature", "random", "oracle")
+POLICIES = tuple(policy for policy in get_args(Policy) if policy != "none")
 RECIPE = ["model.backbone=resnet50", "data.image_size=224", "train.global_batch=256", "train.precision=bf16"]
 
 

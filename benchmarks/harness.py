@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from tracekin.monitor.environment import cpu_name
+
 RESULTS = Path(__file__).parent / "results"
 VERSIONS = ("torch", "torchvision", "deepspeed", "numpy", "webdataset", "tracekin")
 
@@ -76,7 +78,7 @@ def environment() -> dict[str, Any]:
     """Hardware and versions; never environment variables, which hold keys."""
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
@@ -129,14 +131,6 @@ def _readable(value: object) -> str:
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str | None:

@@ -27,7 +27,7 @@ Step = Callable[[str, Clock], Losses]
 
 def build_step(config: Config, device: torch.device, world: World) -> Step:
     """The step of ``config`` on one synthetic batch, every policy on the same engine. A process group must exist."""
-    preflight()
+    preflight(device)
     torch.manual_seed(config.seed)
     online = Online(config.model, config.data.channels, config.train.precision == "bf16").to(device)
     target = Target(online)

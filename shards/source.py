@@ -3,6 +3,7 @@
 import csv
 import io
 import zipfile
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -67,7 +68,7 @@ class Source:
         try:
             text = self.reader(name)().decode("utf-8-sig")
             lines = [line for line in csv.reader(io.StringIO(text, newline=""), strict=True) if line]
-        except (OSError, UnicodeDecodeError, csv.Error, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, RuntimeError, EOFError, csv.Error, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{where} cannot be read as CSV in UTF-8: {error}.") from None
         header = [cell.strip() for cell in lines[0]] if lines else []
         missing = [column for column in columns if column not in header]

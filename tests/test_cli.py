@@ -1,5 +1,6 @@
 """The command as a user types it: one clear line and exit code 2 for a mistake, no traceback, nothing half-written."""
 
+import json
 import os
 import subprocess
 import sys
@@ -71,6 +72,37 @@ def test_a_missing_compiler_is_named(project: Path) -> None:
     assert "C++ compiler" in result.stderr
     assert "apt-get install g++" in result.stderr
     assert not (project / "runs").exists()
+
+
+def test_the_whole_way(project: Path) -> None:
+    """Pretrain with a loader worker and the real W&B client offline, again, evaluate, report."""
+    short = ["train.epochs=2", "model.projector_hidden=32", "model.projection=16", "model.predictor_hidden=32"]
+    command = ["pretrain", "run.yaml", "name=way", *short]
+    first = tracekin(*command, "monitor.wandb=offline", cwd=project)
+    assert first.returncode == 0, first.stderr
+    assert "next: tracekin evaluate runs/way" in first.stdout
+    run = project / "runs" / "way"
+    wandb_id = (run / "wandb_id").read_text().strip()
+    files = list(run.glob(f"wandb/offline-run-*-{wandb_id}/run-{wandb_id}.wandb"))
+    assert len(files) == 1
+    sent = files[0].read_bytes()
+    assert b"loss_byol" in sent
+    host = os.uname().nodename
+    for secret in (str(project), "data/manifest.json", sys.executable, *([host] if len(host) > 4 else [])):
+        assert secret.encode() not in sent  # two letters stand in any compressed bytes
+
+    again = tracekin(*command, cwd=project)
+    assert again.returncode == 0, again.stderr
+    assert "is finished" in again.stdout
+    scored = tracekin("evaluate", "runs/way", "knn_k=3", "linear_c=[0.1]", "workers=0", cwd=project)
+    assert scored.returncode == 0, scored.stderr
+    assert all(word in scored.stdout for word in ("pixels", "untrained", "tracin", "k 3", "T 0.07"))
+    assert max(map(len, scored.stdout.splitlines())) <= 80
+    reported = tracekin("report", "runs/way", "--out", "out", cwd=project)
+    assert reported.returncode == 0, reported.stderr
+    summary = json.loads((project / "out" / "summary.json").read_text())
+    assert [row["method"] for row in summary["rows"]] == ["pixels", "untrained", "tracin"]
+    assert "<svg" in (project / "out" / "index.html").read_text()
 
 
 def test_help_fits_a_terminal() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracekin.config import Config, EvaluateConfig, UserError, load, save, to_dict
+from tracekin.config import Config, EvaluateConfig, UserError, load, to_dict, to_yaml
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -20,6 +20,7 @@ def test_shipped_configs_load_and_state_only_differences(path: Path) -> None:
     assert text.startswith("#"), "a header comment says hardware, wall time and measured score"
     for word in ("hardware", "wall time", "score"):
         assert word in text.lower().split("\n\n")[0], f"{path.name}: the header lacks {word}"
+    assert "to be measured" not in text
     for key, value in _leaves(_yaml(path)):
         assert _get(loaded, key) == value or isinstance(value, str)
         assert _get(default, key) != _get(loaded, key), f"{path.name}: {key} repeats the default"
@@ -35,7 +36,9 @@ def test_shipped_configs_load_and_state_only_differences(path: Path) -> None:
         ("mining.policy=tracn", ["mining.policy", "tracn", "tracin_cosine"]),
         ("data.channels=2", ["data.channels", "[1, 3]"]),
         ("train.epochs=0", ["train.epochs=0", "1 or more"]),
-        ("optimiser.lr=.nan", ["optimiser.lr", "finite"]),
+        ("optimiser.lr=.nan", ["optimiser.lr", "above 0"]),
+        ("optimiser.lr=inf", ["optimiser.lr", "finite"]),
+        ("name=.", ["name", "relative path"]),
         ("optimiser.lr=-1", ["optimiser.lr", "above 0"]),
         ("mining.warmup=1.5", ["mining.warmup", "0 <= x <= 1"]),
         ("data.augment.blur=[0.5]", ["blur", "2"]),
@@ -49,6 +52,15 @@ def test_mistakes_are_named(override: str, words: list[str]) -> None:
         load(Config, None, [override])
     assert all(word in str(error.value) for word in words), str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["on", "12:30", "2024_01", "1.10", "2024-01-02", "'quoted'", "0x1f"])
+def test_text_stays_text(name: str, tmp_path: Path) -> None:
+    assert load(Config, None, [f"name={name}"]).name == name.strip("'")
+    (tmp_path / "run.yaml").write_text(f"name: {name}\n")
+    if "'" not in name:
+        with pytest.raises(UserError, match="quotes"):
+            load(Config, tmp_path / "run.yaml")
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
@@ -74,7 +86,7 @@ def test_what_is_saved_loads_the_same(epochs: int, lr: float, blur: tuple[float,
     config = load(Config, None, overrides)
     assert (config.train.epochs, config.optimiser.lr, config.name) == (epochs, lr, name)
     with tempfile.TemporaryDirectory() as folder:
-        save(config, Path(folder) / "config.yaml")
+        (Path(folder) / "config.yaml").write_text(to_yaml(config))
         assert load(Config, Path(folder) / "config.yaml") == config
 
 

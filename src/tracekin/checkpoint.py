@@ -17,6 +17,7 @@ from torch import Tensor
 from tracekin.config import UserError
 
 PARTS = ("model", "optimiser")
+_MEND = "Remove {} to go on from the checkpoint before."
 
 
 def save(run_folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
@@ -52,6 +53,9 @@ def save(run_folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state
     _flush(pointer)
     pointer.rename(folder / "latest")
     _flush(folder)
+    for later in folder.glob("step-*"):
+        if later.name > final.name:  # of a future that was rolled back
+            shutil.rmtree(later)
     for old in sorted(folder.glob("step-*"))[:-keep]:
         shutil.rmtree(old)
     return final
@@ -71,7 +75,16 @@ def latest(run_folder: Path) -> Path | None:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    """What ``save`` was given as state, and the step.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    path = checkpoint / "state.json"
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}. {_MEND.format(checkpoint)}") from None
     return state
 
 
@@ -85,9 +98,7 @@ def load_part(checkpoint: Path, part: str) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except Exception as error:  # safetensors' own exception type, or OSError: a damaged file either way
-        raise UserError(
-            f"cannot read {path}: {error}. Remove {checkpoint} to go on from the checkpoint before."
-        ) from None
+        raise UserError(f"cannot read {path}: {error}. {_MEND.format(checkpoint)}") from None
     return tensors
 
 

@@ -88,18 +88,29 @@ def _require_run(run: Path) -> None:
         raise UserError(f"{run} is no run folder (it has no config.yaml).{f' Beside it are: {near}.' if near else ''}")
 
 
+def _speaks_for_its_node() -> bool:
+    """The ranks of a node make the same mistake: one of them says so."""
+    from tracekin.distributed.world import world_from_environment
+
+    try:
+        return world_from_environment().local_rank == 0
+    except UserError:
+        return True
+
+
 def main() -> None:
     """Entry point: one clear line and exit code 2 for a user's mistake, no traceback."""
     try:
         cli.main(prog_name="tracekin", standalone_mode=False)
     except UserError as error:
-        print(f"tracekin: {error}", file=sys.stderr)
+        if _speaks_for_its_node():
+            print(f"tracekin: {error}", file=sys.stderr)
         sys.exit(2)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        print("tracekin: interrupted; the same command continues from the last checkpoint.", file=sys.stderr)
+        print("tracekin: interrupted; the same command again goes on from what is done.", file=sys.stderr)
         sys.exit(130)
 
 

@@ -188,7 +188,7 @@ class Config:
 
     def __post_init__(self) -> None:
         parts = Path(self.name).parts
-        if not self.name or Path(self.name).is_absolute() or ".." in parts:
+        if not parts or Path(self.name).is_absolute() or ".." in parts:
             raise UserError(
                 f"name={self.name!r} is not a name: it must be a relative path inside folder={self.folder}."
             )
@@ -256,6 +256,8 @@ def load(schema: type[T], path: str | Path | None = None, overrides: Sequence[st
             parsed: Any = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UserError(f"the value in {override!r} is not YAML: {_first_line(error)}.") from None
+        if _is_text(schema, key) and not isinstance(parsed, str | None):
+            parsed = value  # YAML takes on for True, 12:30 for 750 and 1.10 for 1.1
         for part in reversed(key.split(".")):
             parsed = {part: parsed}
         merged = _merge(schema, merged, parsed, "the command line")
@@ -263,15 +265,15 @@ def load(schema: type[T], path: str | Path | None = None, overrides: Sequence[st
         loaded: T = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise UserError(f"{path or 'the configuration'}: {_first_line(error)}.") from None
+    for key, value in flat(to_dict(loaded)):
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{path or 'the configuration'}: {key}={number} is not a finite number.")
     return loaded
 
 
-def save(config: object, path: str | Path) -> None:
-    """Write a config object as YAML, every key resolved."""
-    Path(path).write_text(to_yaml(config), encoding="utf-8")
-
-
 def to_yaml(config: object) -> str:
+    """The config as YAML, every key resolved; ``load`` reads it back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
@@ -330,8 +332,8 @@ def _check_keys(schema: type, extra: dict[str, Any], prefix: str, where: str) ->
                 inside = ", ".join(f.name for f in fields(inner))
                 raise UserError(f"{where}: {full} is a section, not a value; accepted in it: {inside}.")
             _check_keys(inner, value, f"{full}.", where)
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{where}: {full}={value} is not a finite number.")
+        elif _is_text(schema, key) and not isinstance(value, str | None):
+            raise UserError(f"{where}: YAML reads {full} as {value!r}; put the text in quotes.")
 
 
 def _leaves(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -340,6 +342,24 @@ def _leaves(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield from ({key: leaf} for leaf in _leaves(value))
         else:
             yield {key: value}
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested dictionaries."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _is_text(schema: type, key: str) -> bool:
+    """Whether the field of a dotted key is text."""
+    first, _, rest = key.partition(".")
+    kind = next((f.type for f in fields(schema) if f.name == first), None)
+    if rest:
+        return isinstance(kind, type) and is_dataclass(kind) and _is_text(kind, rest)
+    return kind in (str, str | None)
 
 
 def _key_of(leaf: dict[str, Any]) -> str:

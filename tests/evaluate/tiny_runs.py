@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from tracekin import checkpoint
-from tracekin.config import Config, DataConfig, MiningConfig, Policy, save
+from tracekin.config import Config, DataConfig, MiningConfig, Policy, to_yaml
 from tracekin.data.manifest import Manifest
 from tracekin.model.backbone import build_backbone
 
@@ -18,7 +18,7 @@ def make_run(folder: Path, manifest: Manifest, policy: Policy = "tracin", *, see
         name=folder.name, folder=str(folder.parent), seed=seed, data=data, mining=MiningConfig(policy=policy)
     )
     folder.mkdir(parents=True)
-    save(config, folder / "config.yaml")
+    (folder / "config.yaml").write_text(to_yaml(config))
     torch.manual_seed(weights)
     backbone = build_backbone(config.model, config.data.channels)
     model = {f"online.backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
@@ -28,7 +28,9 @@ def make_run(folder: Path, manifest: Manifest, policy: Policy = "tracin", *, see
     write_metrics(folder, policy)
     if policy != "none":
         pairs = [[n, n + 2, 0.5 / (n + 1)] for n in range(16)]
-        (folder / "gallery.json").write_text(json.dumps({"step": 40, "pairs": pairs}))
+        (folder / "gallery.json").write_text(
+            json.dumps({"step": 40, "dataset": manifest.fingerprint(), "pairs": pairs})
+        )
     return folder
 
 

@@ -51,6 +51,7 @@ def test_last_layer_is_fp32_under_autocast() -> None:
     online = Online(ModelConfig(projector_hidden=32, projection=16, predictor_hidden=32), channels=1, autocast=True)
     hidden, prediction = online(torch.randn(2, 4, 1, 32, 32))
     assert hidden.dtype == prediction.dtype == torch.float32
+    assert not torch.equal(hidden, hidden.bfloat16().float())  # not bf16 numbers in wider clothes
     weight, bias = online.predictor_last.weight, online.predictor_last.bias
     assert torch.allclose(prediction, hidden @ weight.T + bias, rtol=1e-5, atol=1e-6)
 

@@ -10,6 +10,7 @@ from tests.train.tiny_run import BATCH, context, global_batch, mining, networks,
 from tracekin.config import OptimiserConfig, Policy, TrainConfig
 from tracekin.distributed import collectives
 from tracekin.distributed.world import World
+from tracekin.influence.policies import choose
 from tracekin.train.step import byol_with_mined_positives
 
 POLICIES = get_args(Policy)
@@ -80,8 +81,11 @@ def engine_step(rank: int, world_size: int) -> dict[str, Any]:
             engine.backward(losses.loss)
             gradient = torch.cat([safe_get_full_grad(p).flatten() for p in online.parameters()])
             entry = {"gradient": gradient, "loss": collectives.total(losses.loss) / world_size}
-            if losses.mined:
+            if losses.mined and losses.rows and losses.pool:
                 entry |= {"index": collectives.gather(losses.mined.index[:, 0])}
+                two = choose(policy, losses.rows, losses.pool, seed=0, step=5, exclude_group=True, k=2).score
+                gap = (two[:, 0] - two[:, 1]) / two.abs().max()
+                entry |= {"gap": collectives.gather(gap)}
             results[f"{policy}/{stage}"] = entry
     return results
 
@@ -94,9 +98,9 @@ def engines() -> dict[int, Any]:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("world_size", [1, *WORLDS])
 def test_ranks_equal_one_process_through_deepspeed(
-    engines: dict[int, Any], plain: dict[int, Any], world_size: int, stage: int
+    engines: dict[int, Any], plain: dict[int, Any], world_size: int, stage: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    moved = 0
+    moved = undecided = 0
     for policy in POLICIES:
         one, many = engines[1][f"{policy}/0"], engines[world_size][f"{policy}/{stage}"]
         error = torch.linalg.vector_norm(many["gradient"] - one["gradient"]) / torch.linalg.vector_norm(one["gradient"])
@@ -104,9 +108,11 @@ def test_ranks_equal_one_process_through_deepspeed(
         truth = plain[1][policy]["gradient"]
         assert torch.linalg.vector_norm(many["gradient"] - truth) <= 1e-3 * torch.linalg.vector_norm(truth)
         if policy != "none":
-            moved += int((many["index"] != one["index"]).sum())
-    print(f"positives that differ from one process: {moved}")
-    assert moved == 0  # no two best scores of this batch lie within 1e-5 of each other
+            differs, close = many["index"] != one["index"], one["gap"] < 1e-5
+            assert not (differs & ~close).any(), policy
+            moved, undecided = moved + int(differs.sum()), undecided + int(close.sum())
+    with capsys.disabled():
+        print(f" {moved} positives differ; {undecided} have two best scores within 1e-5 ", end="")
 
 
 def updates(rank: int, world_size: int) -> dict[str, dict[str, torch.Tensor]]:

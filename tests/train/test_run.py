@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,23 +113,44 @@ def test_what_a_run_leaves(finished: Config) -> None:
     assert all(0 <= i < 50 and 0 <= j < 50 and i // 2 != j // 2 for i, j, _ in pairs)  # never of the anchor's own group
 
 
-def test_resumed_losses_are_bit_identical(finished: Config, tmp_path: Path) -> None:
-    """Stopped at a checkpoint (its later files taken away) and started again, nothing differs."""
-    shutil.copytree(finished.run_folder, tmp_path / "tiny")
-    folder = tmp_path / "tiny"
-    for later in ("step-00000009", "step-00000012"):
-        shutil.rmtree(folder / "checkpoints" / later)
-    (folder / "checkpoints" / "latest").write_text("step-00000006\n")
-    config = tiny_config(tmp_path, f"data.manifest={finished.data.manifest}")
-    run_ranks(run, 1, config)
-    same = ("step", "epoch", "loss", "loss_byol", "loss_mined", "lr", "tau", "hit_rate", "chance_rate", "target_std")
-    assert [[line[key] for key in same] for line in metrics(config)] == [
-        [line[key] for key in same] for line in metrics(finished)
+SAME = ("step", "epoch", "loss", "loss_byol", "loss_mined", "lr", "tau", "hit_rate", "chance_rate", "target_std")
+
+
+def stop_after(config: Config, step: int, folder: Path) -> Config:
+    """A copy of a finished run as it was at an earlier checkpoint."""
+    shutil.copytree(config.run_folder, folder / config.name)
+    for later in (folder / config.name / "checkpoints").glob("step-*"):
+        if later.name > f"step-{step:08d}":
+            shutil.rmtree(later)
+    (folder / config.name / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
+    return replace(config, folder=str(folder))
+
+
+def assert_same_end(one: Config, other: Config) -> None:
+    assert [[line[key] for key in SAME] for line in metrics(other)] == [
+        [line[key] for key in SAME] for line in metrics(one)
     ]
-    old, new = (
-        checkpoint.load_part(c.run_folder / "checkpoints" / "step-00000012", "model") for c in (finished, config)
-    )
-    assert all(torch.equal(old[name], new[name]) for name in old)
+    newest = [checkpoint.latest(config.run_folder) for config in (one, other)]
+    for part in checkpoint.PARTS:
+        old, new = (checkpoint.load_part(path, part) for path in newest if path)
+        assert old.keys() == new.keys()
+        assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_resumed_losses_are_bit_identical(finished: Config, tmp_path: Path) -> None:
+    """Stopped at a checkpoint and started again, nothing differs."""
+    config = stop_after(finished, 6, tmp_path)
+    run_ranks(run, 1, config)
+    assert_same_end(finished, config)
+
+
+def test_adamw_on_two_ranks_with_zero_resumes_bit_for_bit(finished: Config, tmp_path: Path) -> None:
+    manifest = f"data.manifest={finished.data.manifest}"
+    whole = tiny_config(tmp_path / "a", manifest, "train.zero_stage=2", "optimiser.name=adamw", "optimiser.lr=0.002")
+    run_ranks(run, 2, whole)
+    config = stop_after(whole, 6, tmp_path / "b")
+    run_ranks(run, 2, config)
+    assert_same_end(whole, config)
 
 
 def test_a_finished_run_does_nothing_again(finished: Config) -> None:
@@ -149,12 +171,19 @@ def test_two_ranks_with_zero_follow_the_same_losses_and_resume(finished: Config,
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
         assert b["chance_rate"] == pytest.approx(a["chance_rate"], rel=1e-6)
     assert two[-1]["gathered_bytes"] > 0
-    shutil.rmtree(config.run_folder / "checkpoints")
-    shutil.copytree(
-        finished.run_folder / "checkpoints" / "step-00000006", config.run_folder / "checkpoints" / "step-00000006"
-    )
+    # What one process began without ZeRO, two ranks finish with it.
+    config = replace(stop_after(finished, 6, tmp_path / "resumed"), train=config.train)
     run_ranks(run, 2, config)
     assert metrics(config)[-1]["loss"] == pytest.approx(one[-1]["loss"], rel=1e-3)
+
+
+def test_other_shards_under_the_same_path_are_refused(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "data", train=20, val=0, test=0)
+    config = tiny_config(tmp_path, "train.epochs=1")
+    run_ranks(run, 1, config)
+    make_dataset(tmp_path / "data", train=20, val=0, test=0, seed=1)
+    with pytest.raises(Exception, match="other shards"):
+        run_ranks(run, 1, config)
 
 
 def test_golden_losses(finished: Config) -> None:

@@ -19,6 +19,7 @@ from tracekin.data.stream import evaluation_batches
 from tracekin.evaluate import knn, linear
 from tracekin.evaluate.features import PIXELS_SIDE, Encoder, Features, features, pixels
 from tracekin.evaluate.metrics import estimates
+from tracekin.files import write_text
 from tracekin.model.backbone import build_backbone
 
 PROBES = ("knn", "linear")
@@ -222,6 +223,4 @@ def _write(folder: Path, name: str, content: dict[str, Any], scored: dict[str, S
     with temporary.open("wb") as file:
         np.savez_compressed(file, label=test.label, group=test.group, **arrays)  # type: ignore[arg-type]
     temporary.replace(folder / f"{name}.npz")
-    temporary = folder / f"{name}.json.partial"
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(folder / f"{name}.json")
+    write_text(folder / f"{name}.json", json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -11,6 +11,7 @@ from tracekin.config import Config, UserError, load, to_dict
 from tracekin.data.decode import Sample, ShardReader, label_list
 from tracekin.data.manifest import Manifest, read_manifest
 from tracekin.evaluate.summary import BASELINES, Json, collect, common, read_environment, read_metrics
+from tracekin.files import write_text
 from tracekin.monitor.report import Page, Pair, RunPart, render
 
 WIDTH = 80
@@ -29,8 +30,8 @@ def summarise(run_folders: Sequence[Path], out: Path) -> Json:
     summary = collect(run_folders)
     summary["report"] = str(out / "index.html")
     out.mkdir(parents=True, exist_ok=True)
-    _replace(out / "index.html", render(_page(summary, run_folders)))
-    _replace(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    write_text(out / "index.html", render(_page(summary, run_folders)))
+    write_text(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     return summary
 
 
@@ -137,6 +138,8 @@ def _run_part(label: str, folder: Path, config: Config) -> RunPart:
         manifest = read_manifest(config.data.manifest)
     except UserError as error:  # a report can be made where the images are not
         return RunPart(label, lines, note=f"No gallery: {error}")
+    if content["dataset"] != manifest.fingerprint():
+        return RunPart(label, lines, note=f"No gallery: {config.data.manifest} holds other shards than the run saw.")
     reader = ShardReader(manifest, "train")
     pairs = [_pair(reader.read(anchor), reader.read(positive), score, manifest) for anchor, positive, score in spaced]
     return RunPart(label, lines, pairs, content["step"])
@@ -190,9 +193,3 @@ def _number(value: float | None, digits: int) -> str:
 
 def _shorten(name: str, width: int) -> str:
     return (name if len(name) <= width else name[: width - 1] + "…").ljust(width)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

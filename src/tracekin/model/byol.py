@@ -38,9 +38,11 @@ class Online(nn.Module):
         hidden = []
         for view_BCSS in views_VBCSS:
             with _autocast(view_BCSS.device, self.autocast):
-                hidden.append(self.predictor(self.projector(self.backbone(_channels_last(view_BCSS)))))
-        # Influence is exact only in fp32: rounding h and p to bf16 flips the arg max of anchors at high cosine.
-        hidden_VBH = torch.stack(hidden).to(self.predictor_last.weight.dtype)
+                first_BH = self.predictor[0](self.projector(self.backbone(_channels_last(view_BCSS))))
+            # Influence is exact only in fp32: rounding h or p to bf16 flips the arg max of anchors at high cosine.
+            with _autocast(view_BCSS.device, False):
+                hidden.append(self.predictor[1:](first_BH.to(self.predictor_last.weight.dtype)))
+        hidden_VBH = torch.stack(hidden)
         with _autocast(hidden_VBH.device, False):
             return hidden_VBH, self.predictor_last(hidden_VBH)
 

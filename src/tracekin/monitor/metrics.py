@@ -73,7 +73,10 @@ def spread(target_BD: Tensor) -> dict[str, float]:
 
     target_std: standard deviation of the unit vectors' coordinates, mean over D, times sqrt(D): 1 when spread evenly,
     0 when collapsed. effective_rank: exp(entropy) of the centred unit vectors' singular values (Roy and Vetterli 2007).
+    Both NaN where a projection is not finite.
     """
+    if not target_BD.isfinite().all():
+        return {"target_std": math.nan, "effective_rank": math.nan}
     unit_BD = torch.nn.functional.normalize(target_BD.float(), dim=1)
     centred_BD = unit_BD - unit_BD.mean(0)
     std = centred_BD.square().mean(0).sqrt().mean() * math.sqrt(target_BD.shape[1])

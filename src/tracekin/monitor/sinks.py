@@ -4,6 +4,7 @@ import json
 import math
 import os
 import secrets
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class WeightsAndBiases:
     """One W&B run a run folder, requeued or not: its id lies in the folder."""
 
     def __init__(self, config: MonitorConfig, run_folder: Path, name: str, settings: dict[str, Any]) -> None:
+        """``settings`` are sent: the caller leaves out what must not leave the machine."""
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
@@ -49,7 +51,7 @@ class WeightsAndBiases:
             mode=config.wandb,
             resume="allow",
             config=settings,
-            # No host name, user, path, program source or package list of a hospital's machine leaves with the metrics.
+            # No host name, user, program source or package list of a hospital's machine leaves with the metrics.
             settings=wandb.Settings(
                 console="off",
                 disable_git=True,
@@ -67,7 +69,7 @@ class WeightsAndBiases:
         self.run.log(record)
 
     def close(self) -> None:
-        self.run.finish()
+        self.run.finish(exit_code=1 if sys.exc_info()[0] else 0)  # closed while an error passes: not a finished run
 
 
 def open_sinks(

@@ -1,13 +1,13 @@
 """What can be known to be wrong before anything heavy starts."""
 
 from pathlib import Path
-from typing import Any
 
-from tracekin.config import Config, UserError, load, to_dict
+from tracekin.config import Config, UserError, flat, load, to_dict
 from tracekin.data.manifest import Manifest
 
 # Keys that a run may change when it continues: they do not alter what is computed.
-FREE_KEYS = {"name", "folder", "data.workers", "train.log_every", "train.keep_checkpoints", "train.threads"}
+FREE_KEYS = {"name", "folder", "data.workers"}
+FREE_KEYS |= {f"train.{key}" for key in ("log_every", "keep_checkpoints", "threads", "zero_stage")}
 FREE_SECTIONS = ("monitor.",)
 
 
@@ -42,7 +42,7 @@ def check_run(config: Config, manifest: Manifest, world_size: int) -> None:
 def _check_continues(config: Config, path: Path) -> None:
     if not path.exists():
         return
-    old, new = _flat(to_dict(load(Config, path))), _flat(to_dict(config))
+    old, new = dict(flat(to_dict(load(Config, path)))), dict(flat(to_dict(config)))
     changed = [
         f"{key} {old[key]} -> {new[key]}"
         for key in new
@@ -53,10 +53,3 @@ def _check_continues(config: Config, path: Path) -> None:
             f"{path.parent} holds a run of another config ({', '.join(changed)});"
             " give this one another name=... or remove that folder."
         )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -108,11 +108,12 @@ def load_optimiser_tensors(engine: Any, tensors: dict[str, Tensor]) -> None:
     slots = sorted({key.partition(".")[0] for key in tensors})
     for held, members in _partitions(engine):
         for slot in slots:
-            values = [tensors[f"{slot}.{name}"].to(held.parameter.device) for name, _, _ in members]
-            if values[0].dim() == 0 or held.whole:
-                held.state[slot] = (
-                    values[0].clone() if values[0].dim() == 0 else values[0].view_as(held.parameter).clone()
-                )
+            values = [tensors[f"{slot}.{name}"] for name, _, _ in members]
+            if values[0].dim() == 0:  # AdamW's count of steps; on the device it would synchronise every update
+                held.state[slot] = values[0].clone()
+                continue
+            if held.whole:
+                held.state[slot] = values[0].to(held.parameter.device, copy=True)
                 continue
             each = held.parameter.numel()
             flat = held.parameter.new_zeros(each * collectives.world_size())

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from tracekin import checkpoint
-from tracekin.config import Config, save, to_dict
+from tracekin.config import Config, UserError, to_dict, to_yaml
 from tracekin.data.manifest import Manifest, read_manifest
 from tracekin.data.stream import num_steps_per_epoch, pretrain_batches
 from tracekin.distributed import collectives
 from tracekin.distributed.group import process_group
 from tracekin.distributed.world import World, world_from_environment
+from tracekin.files import write_text
 from tracekin.influence.diagnostics import hit_and_chance, in_degree
 from tracekin.model.byol import Online, Target, tau_at
 from tracekin.monitor.environment import environment
@@ -65,12 +66,19 @@ class _Run:
         if found is not None:
             online.load_state_dict(checkpoint.load_model(found, "online."))
             self.target.load_state_dict(checkpoint.load_model(found, "target."))
-            self.step = int(checkpoint.load_state(found)["step"])
+            state = checkpoint.load_state(found)
+            if state["dataset"] != manifest.fingerprint():
+                raise UserError(
+                    f"{found} was trained on other shards than {config.data.manifest} holds now;"
+                    f" give this run another name=... or remove {self.folder}."
+                )
+            self.step = int(state["step"])
         self.engine = build_engine(online, config.optimiser, config.train, world)
         if found is not None:
             load_optimiser_tensors(self.engine, checkpoint.load_part(found, "optimiser"))
         self.clock, self.meter = Clock(device), Meter(device)
         self.traffic = collectives.Traffic()
+        self.chosen: tuple[torch.Tensor, ...] = ()  # (index, score) of the whole last batch
 
     def train(self) -> None:
         if self.step >= self.num_steps:
@@ -151,9 +159,10 @@ class _Run:
         self.meter.add(loss=losses.loss, loss_byol=losses.loss_byol, loss_mined=losses.loss_mined)
         if losses.mined is None or losses.rows is None or losses.pool is None:
             return
-        index_B = losses.mined.index[:, 0]
+        index_B, score_B = losses.mined.index[:, 0], losses.mined.score[:, 0]
         self.meter.add(num_anchors=float(len(index_B)), num_mined=(index_B >= 0).sum())
-        degrees = in_degree(collectives.gather(index_B), len(losses.pool.ids))
+        self.chosen = tuple(collectives.gather(x, 0, self.traffic) for x in (index_B, score_B))
+        degrees = in_degree(self.chosen[0], len(losses.pool.ids))
         self.meter.add(max_in_degree=degrees.max())
         if losses.rows.labels.shape[1]:
             hits, chance = hit_and_chance(losses.mined, losses.rows, losses.pool, self.config.mining.exclude_group)
@@ -187,44 +196,41 @@ class _Run:
     def _save(self, losses: Losses) -> None:
         """Checkpoint and gallery; collective, because ZeRO's optimiser state lies on all ranks."""
         optimiser = optimiser_tensors(self.engine)
-        if losses.mined is not None and losses.pool is not None:
-            chosen = torch.stack(
-                [
-                    collectives.gather(losses.mined.index[:, 0]).double(),
-                    collectives.gather(losses.mined.score[:, 0]).double(),
-                ]
-            )
-            self._write_gallery(chosen.cpu(), losses.pool.ids.cpu())
+        if losses.pool is not None:
+            self._write_gallery(losses.pool.ids.tolist())
         if self.world.is_main:
             networks = {"online": self.engine.module, "target": self.target}
             model = {f"{name}.{key}": t for name, net in networks.items() for key, t in net.state_dict().items()}
             parts = {"model": model, "optimiser": optimiser}
             state = {
+                "dataset": self.manifest.fingerprint(),
                 "config": to_dict(self.config),
                 "environment": environment(self.world.size, self.device, self.config.train.zero_stage),
             }
             checkpoint.save(self.folder, self.step, parts, state, self.config.train.keep_checkpoints)
         collectives.barrier()
 
-    def _write_gallery(self, chosen: torch.Tensor, ids: torch.Tensor) -> None:
+    def _write_gallery(self, ids: list[int]) -> None:
         """The last step's pairs, evenly spaced over the batch rather than picked by score, for the report."""
         if not self.world.is_main:
             return
-        mined = [(i, int(j), s) for i, (j, s) in enumerate(chosen.T.tolist()) if j >= 0]
-        spaced = mined[:: max(1, len(mined) // NUM_GALLERY)][:NUM_GALLERY]
-        pairs = [[int(ids[i]), int(ids[j]), s] for i, j, s in spaced]
-        (self.folder / "gallery.json").write_text(
-            json.dumps({"step": self.step, "pairs": pairs}) + "\n", encoding="utf-8"
-        )
+        index, score = (x.tolist() for x in self.chosen)
+        mined = [[ids[i], ids[j], s] for i, (j, s) in enumerate(zip(index, score, strict=True)) if j >= 0]
+        pairs = mined[:: max(1, len(mined) // NUM_GALLERY)][:NUM_GALLERY]
+        content = {"step": self.step, "dataset": self.manifest.fingerprint(), "pairs": pairs}
+        write_text(self.folder / "gallery.json", json.dumps(content) + "\n")
 
     def _open_folder(self) -> list[Any]:
         if not self.world.is_main:
             return []
         self.folder.mkdir(parents=True, exist_ok=True)
-        save(self.config, self.folder / "config.yaml")
+        write_text(self.folder / "config.yaml", to_yaml(self.config))
         facts = environment(self.world.size, self.device, self.config.train.zero_stage)
-        (self.folder / "environment.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        return open_sinks(self.config.monitor, self.folder, self.config.name, to_dict(self.config), self.step)
+        write_text(self.folder / "environment.json", json.dumps(facts, indent=1) + "\n")
+        sent = to_dict(self.config)  # to W&B: no path of this machine
+        del sent["folder"]
+        sent["data"]["manifest"] = self.manifest.name
+        return open_sinks(self.config.monitor, self.folder, self.config.name, sent, self.step)
 
     def _headline(self) -> str:
         config = self.config
