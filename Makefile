@@ -38,7 +38,8 @@ preflight:
 
 $(STAMP): requirements.lock pyproject.toml | preflight
 	@test -x $(BIN)/python || $(BOOTSTRAP) -m venv $(VENV)
-	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@sed -n '/^uv==/,/^ *# via/p' requirements.lock > .venv/uv.txt
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .venv/uv.txt
 	@echo "Installing requirements.lock into .venv (torch's CUDA build is large; it runs on CPU too) ..."
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --requirements requirements.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
@@ -77,6 +78,7 @@ check: $(STAMP)
 bench: $(STAMP)
 	python -m benchmarks.influence_exactness
 	python -m benchmarks.mining_overhead
+	python -m benchmarks.phantom_fairness
 
 gpu: export PYTHONPATH := src:$(PYTHONPATH)
 gpu:
