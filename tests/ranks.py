@@ -23,7 +23,7 @@ class RankFailedError(AssertionError):
     """A rank raised or died; the message holds its traceback."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
     """Run ``function(rank, *args)`` on ``world_size`` gloo ranks, one thread each, with torchrun's rank variables set.
 
     Args:

@@ -1,7 +1,6 @@
 """A whole run on a tiny dataset: what it leaves, how it continues, and the golden trace of its losses."""
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from tests.train.tiny_run import tiny_backbone
 from tracekin import checkpoint
 from tracekin.config import Config, UserError, load
 from tracekin.data.manifest import read_manifest
-from tracekin.distributed import collectives
 from tracekin.train.checks import check_run
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "losses.json"
@@ -72,8 +70,6 @@ def run(rank: int, config: Config) -> None:
     """One rank of a run with a tiny encoder."""
     from tracekin.train.loop import pretrain
 
-    size = collectives.world_size()
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
     with tiny_backbone():
         pretrain(config)
 
