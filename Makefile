@@ -68,7 +68,7 @@ ham10000: $(STAMP) data/ham10000/manifest.json
 	tracekin report runs/ham10000/none runs/ham10000/tracin --out runs/ham10000
 
 test: $(STAMP)
-	python -m pytest $(if $(DATA),--data $(DATA))
+	python -m pytest $(if $(DATA),--data=$(DATA))
 
 check: $(STAMP)
 	ruff check .

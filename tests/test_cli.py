@@ -102,7 +102,7 @@ def test_the_whole_way(project: Path) -> None:
     assert reported.returncode == 0, reported.stderr
     summary = json.loads((project / "out" / "summary.json").read_text())
     assert [row["method"] for row in summary["rows"]] == ["pixels", "untrained", "tracin"]
-    assert "<svg" in (project / "out" / "index.html").read_text()
+    assert "data:image/svg+xml" in (project / "out" / "index.html").read_text()
 
 
 def test_help_fits_a_terminal() -> None:
