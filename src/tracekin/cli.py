@@ -110,7 +110,8 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        print("tracekin: interrupted; the same command again goes on from what is done.", file=sys.stderr)
+        if _speaks_for_its_node():
+            print("tracekin: interrupted; the same command again goes on from what is done.", file=sys.stderr)
         sys.exit(130)
 
 

@@ -7,10 +7,11 @@ from tqdm import tqdm
 
 
 class Progress:
-    def __init__(self, total: int, done: int, unit: str = "step") -> None:
+    def __init__(self, total: int, done: int) -> None:
         self.total = total
         self.live = sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, disable=not self.live)
+        fits_80_columns = "{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+        self.bar = tqdm(total=total, initial=done, bar_format=fits_80_columns, disable=not self.live)
 
     def update(self, steps: int = 1) -> None:
         self.bar.update(steps)
