@@ -79,6 +79,8 @@ class _Run:
         self.clock, self.meter = Clock(device), Meter(device)
         self.traffic = collectives.Traffic()
         self.chosen: tuple[torch.Tensor, ...] = ()  # (index, score) of the whole last batch
+        # Gathered once: it asks git, which no checkpoint should wait for.
+        self.facts = environment(world.size, device, config.train.zero_stage) if world.is_main else {}
 
     def train(self) -> None:
         if self.step >= self.num_steps:
@@ -205,7 +207,7 @@ class _Run:
             state = {
                 "dataset": self.manifest.fingerprint(),
                 "config": to_dict(self.config),
-                "environment": environment(self.world.size, self.device, self.config.train.zero_stage),
+                "environment": self.facts,
             }
             checkpoint.save(self.folder, self.step, parts, state, self.config.train.keep_checkpoints)
         collectives.barrier()
@@ -225,8 +227,7 @@ class _Run:
             return []
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "config.yaml", to_yaml(self.config))
-        facts = environment(self.world.size, self.device, self.config.train.zero_stage)
-        write_text(self.folder / "environment.json", json.dumps(facts, indent=1) + "\n")
+        write_text(self.folder / "environment.json", json.dumps(self.facts, indent=1) + "\n")
         sent = to_dict(self.config)  # to W&B: no path of this machine
         del sent["folder"]
         sent["data"]["manifest"] = self.manifest.name
