@@ -231,6 +231,42 @@ class EvaluateConfig:
         _require(self.workers >= 0, "workers", self.workers, "0 or more")
 
 
+@dataclass(frozen=True)
+class InfluenceConfig:
+    """Proponents and opponents of images under a finished run: TracIn summed over its checkpoints."""
+
+    manifest: str | None = None
+    """Where the run's images lie now, if no longer where its config says; the shards must be the same."""
+    against: Literal["train", "val", "test"] = "train"
+    """Split that is searched; influence proper is that of training images, another split gives gradient similarity."""
+    images: str = ""
+    """Keys of the images to explain, comma-separated; empty explains the whole split."""
+    k: int = 10
+    """Proponents and opponents an image."""
+    normalise: bool = True
+    """Scores are cosines of gradients; false takes the products themselves, which favour images of large gradients."""
+    weight: Literal["lr", "equal"] = "lr"
+    """Weight of a checkpoint in the sum: the learning rate of its step (TracInCP; near 0 at the end), or 1."""
+    checkpoints: int = 0
+    """How many of the newest checkpoints are summed; 0 sums all that the run folder holds."""
+    exclude_group: bool = True
+    """Never name an image of the explained image's own group (patient, lesion)."""
+    seed: int = 0
+    """Seed of the two augmented views of each image."""
+    gallery: int = 24
+    """Explained images that the HTML page shows, evenly spaced; 0 shows none."""
+    batch: int = 256
+    """Images a forward pass."""
+    workers: int = 2
+    """Loader processes."""
+
+    def __post_init__(self) -> None:
+        for key in ("k", "batch"):
+            _require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        for key in ("checkpoints", "gallery", "workers"):
+            _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+
+
 def load(schema: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
     """Build a config: the schema's defaults, then the YAML file, then ``key=value`` overrides.
 
