@@ -8,10 +8,10 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
+from tracekin.monitor.pages import render_template
+
 # Okabe and Ito's colours, which colour-blind readers tell apart too, in the order of their contrast on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 # Title, explanation, key of metrics.jsonl, and the key of a dashed companion.
@@ -75,13 +75,9 @@ class Page:
 
 def render(page: Page) -> str:
     """The page as HTML text; every string is escaped."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["data_uri"] = lambda content: "data:image/png;base64," + base64.b64encode(content).decode()
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     colours = [_colour(number) for number in range(len(page.runs))]
-    return template.render(page=page, charts=_charts(page.runs), runs=list(zip(page.runs, colours, strict=True)))
+    runs = list(zip(page.runs, colours, strict=True))
+    return render_template("report.html.jinja", page=page, charts=_charts(page.runs), runs=runs)
 
 
 def _colour(number: int) -> str:
