@@ -21,6 +21,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 GROUP_DIGITS = 15
 """Leading hex digits of a group pseudonym that make its number: 60 bits, so that it fits an int64."""
 MAX_OPEN_SHARDS = 256
+HEADERS = 4096
+"""Bytes that hold a tar member's headers, long names included."""
 
 
 class Sample(NamedTuple):
@@ -65,8 +67,7 @@ class ShardReader:
         Raises:
             UserError: if it cannot be read, parsed or decoded, naming the shard, the key and the offset.
         """
-        shard = bisect_right(self._ends, index)
-        offset, length = (int(number) for number in self._extents[index])
+        shard, offset, length = self._place(index)
         key = ""
         try:
             content = os.pread(self._descriptor(shard), length, offset)
@@ -82,6 +83,31 @@ class ShardReader:
                 f"Find every such sample with: python -m shards.verify {self._folder}"
             ) from error
         return Sample(key, image, label, group)
+
+    def key(self, index: int) -> str:
+        """The key of sample number ``index``, from its first tar header alone.
+
+        Raises:
+            UserError: if that header is damaged.
+        """
+        shard, offset, length = self._place(index)
+        try:
+            head = os.pread(self._descriptor(shard), min(length, HEADERS), offset)
+            with tarfile.open(fileobj=io.BytesIO(head), mode="r:") as archive:
+                member = archive.next()
+            if member is None:
+                raise ValueError("it has no members")
+            return member.name.partition(".")[0]
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise UserError(
+                f"{self._files[shard]}: the sample at byte {offset} has no readable name: {_reason(error)}. "
+                f"Find every such sample with: python -m shards.verify {self._folder}"
+            ) from error
+
+    def _place(self, index: int) -> tuple[int, int, int]:
+        """Shard, offset and length of a sample."""
+        offset, length = (int(number) for number in self._extents[index])
+        return bisect_right(self._ends, index), offset, length
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._open:

@@ -7,7 +7,7 @@ and worker count sees the same global batches, and resuming at a step is startin
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tracekin.config import DataConfig, UserError
 from tracekin.data.augment import LUMA, Augmentation, Planes, plain_view, random_words, resolve, view
 from tracekin.data.decode import Sample, ShardReader, group_number, label_list
-from tracekin.data.manifest import Manifest
+from tracekin.data.manifest import SPLITS, Manifest
 
 
 @dataclass
@@ -138,9 +138,44 @@ def evaluation_batches(
         UserError: at the call if there is no such split; while iterating if a sample is damaged.
     """
     reader = ShardReader(manifest, split)
-    rows = partial(_in_order, len(reader), batch)
+    rows = partial(_in_order, range(len(reader)), batch, 0)
     views = partial(_plain_views, image_size, channels)
     collate = partial(_collate, batch, _Format(manifest, channels))
+    return _load([rows, wds.split_by_worker, partial(_read, reader), views, collate, _carry_errors], workers)
+
+
+def augmented_batches(
+    manifest: Manifest,
+    split: str,
+    config: DataConfig,
+    *,
+    seed: int,
+    batch: int,
+    workers: int,
+    numbers: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """Each sample of a split once, in order, as two augmented views like those of pretraining.
+
+    The last batch may be smaller. Views depend on (seed, split, sample) alone: the split's place in SPLITS stands for
+    the epoch, as samples of equal number in two splits would share crop and colours otherwise.
+
+    Args:
+        manifest: the dataset.
+        split: train, val or test.
+        config: view size, channels, augmentation.
+        seed: of the augmentation.
+        batch: samples a batch.
+        workers: loader processes.
+        numbers: the samples to read, in this order; None reads all.
+
+    Raises:
+        UserError: at the call if there is no such split; while iterating if a sample is damaged.
+    """
+    reader = ShardReader(manifest, split)
+    numbers = range(len(reader)) if numbers is None else numbers
+    rows = partial(_in_order, numbers, batch, SPLITS.index(split))
+    views = partial(_random_views, resolve(config.augment), config.image_size, config.channels, seed)
+    collate = partial(_collate, batch, _Format(manifest, config.channels))
     return _load([rows, wds.split_by_worker, partial(_read, reader), views, collate, _carry_errors], workers)
 
 
@@ -148,9 +183,9 @@ def evaluation_batches(
 # which the loader collects them in turn, so that their order is the plan's.
 
 
-def _in_order(num_samples: int, batch: int) -> Iterator[Rows]:
-    for start in range(0, num_samples, batch):
-        yield Rows(0, np.arange(start, min(start + batch, num_samples)))
+def _in_order(numbers: Sequence[int], batch: int, epoch: int) -> Iterator[Rows]:
+    for start in range(0, len(numbers), batch):
+        yield Rows(epoch, np.array(numbers[start : start + batch], dtype=np.int64))
 
 
 def _read(reader: ShardReader, source: Iterator[Rows]) -> Iterator[Item]:
