@@ -1,6 +1,5 @@
 """A summary as text for the terminal, and as summary.json with its HTML page."""
 
-import io
 import json
 import textwrap
 from collections.abc import Sequence
@@ -8,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from tracekin.config import Config, UserError, load, to_dict
-from tracekin.data.decode import Sample, ShardReader, label_list
+from tracekin.data.decode import Sample, ShardReader
 from tracekin.data.manifest import Manifest, read_manifest
+from tracekin.evaluate.pictures import label_text, same_label, thumbnail
 from tracekin.evaluate.summary import BASELINES, Json, collect, common, read_environment, read_metrics
 from tracekin.files import write_text
 from tracekin.monitor.report import Page, Pair, RunPart, render
 
 WIDTH = 80
 NUM_PAIRS = 12
-THUMBNAIL = 80
-"""Pixels of a thumbnail's longer side."""
 NAMES = {"balanced_accuracy": "balanced accuracy", "macro_auc": "macro AUC"}
 
 
@@ -146,20 +144,9 @@ def _run_part(label: str, folder: Path, config: Config) -> RunPart:
 
 
 def _pair(anchor: Sample, positive: Sample, score: float, manifest: Manifest) -> Pair:
-    classes = [set(label_list(sample.label)) for sample in (anchor, positive)]
-    names = [", ".join(manifest.classes[c] for c in sorted(of)) or "no finding" for of in classes]
-    hit = bool(classes[0] & classes[1]) or not (classes[0] or classes[1])
-    if manifest.task == "unlabelled":
-        return Pair(_thumbnail(anchor), _thumbnail(positive), "", "", score, None)
-    return Pair(_thumbnail(anchor), _thumbnail(positive), names[0], names[1], score, hit)
-
-
-def _thumbnail(sample: Sample) -> bytes:
-    image = sample.image.convert("RGB" if sample.image.mode == "RGB" else "L")
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+    first, second = label_text(anchor, manifest), label_text(positive, manifest)
+    hit = same_label(anchor, positive, manifest)
+    return Pair(thumbnail(anchor), thumbnail(positive), first, second, score, hit)
 
 
 def _settings(configs: Sequence[Config]) -> dict[str, list[str]]:
