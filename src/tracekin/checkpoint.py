@@ -1,8 +1,9 @@
 """Checkpoints: safetensors and JSON, free of the world size and the ZeRO stage.
 
 A checkpoint is a folder ``checkpoints/step-00000123``: model.safetensors (online and target network),
-optimiser.safetensors, state.json. It is written under another name, flushed to disk and renamed; ``latest`` moves last,
-so a kill at any moment leaves either the old or the new one.
+optimiser.safetensors, queue.safetensors (the images that mining remembers, if any), state.json. It is written under
+another name, flushed to disk and renamed; ``latest`` moves last, so a kill at any moment leaves either the old or the
+new one.
 """
 
 import json
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from tracekin.config import UserError
 
-PARTS = ("model", "optimiser")
+PARTS = ("model", "optimiser", "queue")
 _MEND = "Remove {} to go on from the checkpoint before."
 
 
@@ -39,6 +40,8 @@ def save(run_folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for part in PARTS:
+        if not parts[part]:
+            continue
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parts[part].items()}
         save_file(tensors, partial / f"{part}.safetensors")
     (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
@@ -70,8 +73,14 @@ def latest(run_folder: Path) -> Path | None:
             return named
     except OSError:
         pass
-    complete = [path for path in sorted(folder.glob("step-*")) if (path / "state.json").is_file()]
-    return complete[-1] if complete else None
+    found = complete(run_folder)
+    return found[-1] if found else None
+
+
+def complete(run_folder: Path, up_to: Path | None = None) -> list[Path]:
+    """All complete checkpoints by ascending step, those after the checkpoint ``up_to`` left out."""
+    found = [path for path in sorted((run_folder / "checkpoints").glob("step-*")) if (path / "state.json").is_file()]
+    return [path for path in found if up_to is None or path.name <= up_to.name]
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -89,12 +98,14 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_part(checkpoint: Path, part: str) -> dict[str, Tensor]:
-    """The tensors of one of PARTS, on the CPU.
+    """The tensors of one of PARTS, on the CPU; none of the queue where nothing was remembered.
 
     Raises:
         UserError: if the file is missing or damaged.
     """
     path = checkpoint / f"{part}.safetensors"
+    if part == "queue" and not path.exists():
+        return {}
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except Exception as error:  # safetensors' own exception type, or OSError: a damaged file either way

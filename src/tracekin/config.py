@@ -21,7 +21,22 @@ class UserError(ValueError):
 
 
 T = TypeVar("T")
-Policy = Literal["none", "tracin", "tracin_cosine", "feature", "random", "oracle"]
+Policy = Literal[
+    "none",
+    "tracin",
+    "tracin_cosine",
+    "tracin_cp",
+    "tracin_cp_cosine",
+    "ghost",
+    "ghost_cosine",
+    "agreement",
+    "feature",
+    "fnc",
+    "group",
+    "random",
+    "oracle",
+]
+"""What mines the positive; the registry of tracekin.influence.policies, one file a name (`none` mines nothing)."""
 
 
 def _require(condition: bool, key: str, value: object, accepted: str) -> None:
@@ -104,17 +119,57 @@ class ObjectiveConfig:
 @dataclass(frozen=True)
 class MiningConfig:
     policy: Policy = "tracin"
-    """Score that chooses the additional positive; `none` is plain BYOL."""
+    """Score that chooses the additional positives; `none` is plain BYOL. Files of tracekin/influence/policies."""
     weight: float = 0.25
     """Weight of the mined term beside the BYOL loss (our reading of the paper)."""
     warmup: float = 0.1
     """Share of all steps, from the first, that run without the mined term."""
     exclude_group: bool = True
-    """Never mine an image of the anchor's own group (patient, lesion)."""
+    """Never mine an image of the anchor's own group (patient, lesion); policy `group` does nothing else."""
+    k: int = 1
+    """Positives an image, each weighted by its share of their scores."""
+    keep: Literal["all", "mutual", "quantile"] = "all"
+    """Keep every positive, those that chose the anchor too, or those whose score reaches `quantile` of the step's."""
+    quantile: float = 0.5
+    """With keep=quantile: the share of positives, from the lowest score, that is masked."""
+    pool: Literal["rank", "node", "global"] = "global"
+    """Which ranks' images are candidates: this rank's own, those of its node, or all."""
+    transport: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which gradient factors travel; bf16 halves the bytes and changes some choices (README, Mining)."""
+    sketch_dim: int = 0
+    """Width to which a fixed random projection brings the hidden activations before they travel; 0 sends them whole."""
+    ring_above: int = 65536
+    """Columns above which hidden activations are not held but travel round a ring of ranks, block by block."""
+    chunk: int = 4096
+    """Columns scored at a time; bounds the memory beyond the gathered pool."""
+    queue: int = 0
+    """Images of past steps that stay candidates, with the factors and targets of their step; 0 remembers none."""
+    queue_half_life: float = 0.0
+    """Steps after which a remembered image's score counts half; 0 gives all ages the same weight."""
+    layers: int = 4
+    """Policies ghost*: Linear layers of the heads, from the loss backwards, whose gradients are compared."""
+    checkpoints: int = 2
+    """Policies tracin_cp*: the run's last checkpoints beside the current weights; each costs a forward pass."""
+    support_views: int = 0
+    """Policy fnc: further augmented views of each image that vote; each costs a view's loading and projection."""
+    compare: Policy = "none"
+    """Also log how often this policy, one that needs no gradients, chooses the same positive."""
 
     def __post_init__(self) -> None:
         _require(self.weight >= 0, "mining.weight", self.weight, "0 or more")
         _require(0 <= self.warmup <= 1, "mining.warmup", self.warmup, "0 <= x <= 1")
+        _require(0 <= self.quantile <= 1, "mining.quantile", self.quantile, "0 <= x <= 1")
+        for key in ("k", "chunk", "layers", "checkpoints"):
+            _require(getattr(self, key) >= 1, f"mining.{key}", getattr(self, key), "1 or more")
+        _require(self.layers <= 4, "mining.layers", self.layers, "1 to 4, the Linear layers of the heads")
+        for key in ("sketch_dim", "ring_above", "queue", "queue_half_life", "support_views"):
+            _require(getattr(self, key) >= 0, f"mining.{key}", getattr(self, key), "0 or more")
+        if self.queue and self.pool != "global":
+            raise UserError(f"mining.queue={self.queue} remembers the global pool; it needs mining.pool=global.")
+        if self.compare not in ("none", "feature", "fnc", "random", "oracle", "group"):
+            raise UserError(
+                f"mining.compare={self.compare} needs gradients; accepted: feature, fnc, group, oracle, random, none."
+            )
 
 
 @dataclass(frozen=True)

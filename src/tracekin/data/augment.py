@@ -1,4 +1,4 @@
-"""BYOL's augmentation for two views, with presets per modality.
+"""BYOL's augmentation for two views (further ones are drawn as the second is), with presets per modality.
 
 Every random number of a view comes from a counter-based generator at (seed, epoch, sample, view): nothing depends on
 the world size, the loader workers or the step at which a run was resumed.
@@ -106,7 +106,7 @@ def view(
         seed: the run's seed.
         epoch: number of the epoch.
         sample: number of the sample in its split.
-        view: 0 or 1.
+        view: 0 or more.
     """
     words = random_words(seed, epoch, (sample, view, 0), NUM_DRAWS)
     u = ((words >> np.uint64(11)) * 2.0**-53).tolist()
@@ -118,10 +118,10 @@ def view(
     if u[FLIP_X] < augmentation.flip_x:
         planes = planes[:, :, ::-1]
     planes = _colour(planes, augmentation, u)
-    if u[BLUR] < augmentation.blur[view]:
+    if u[BLUR] < augmentation.blur[min(view, 1)]:
         sigma = BLUR_SIGMA[0] + u[SIGMA] * (BLUR_SIGMA[1] - BLUR_SIGMA[0])
         planes = _blur(planes, sigma, (image_size // 10 | 1) // 2)
-    if u[SOLARISE] < augmentation.solarise[view]:
+    if u[SOLARISE] < augmentation.solarise[min(view, 1)]:
         planes = np.minimum(planes, 1 - planes)  # values above one half are inverted
     return planes
 

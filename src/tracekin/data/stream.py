@@ -28,7 +28,7 @@ from tracekin.data.manifest import SPLITS, Manifest
 
 @dataclass
 class Batch:
-    """V views of B images; V is 2 for pretraining, 1 for evaluation."""
+    """V views of B images; V is 2 or more for pretraining, 1 for evaluation."""
 
     views: Tensor
     """[V, B, C, S, S] float32, normalised by the manifest's mean and std."""
@@ -104,9 +104,16 @@ def plan(num_samples: int, *, seed: int, global_batch: int, share: slice, steps:
 
 
 def pretrain_batches(
-    manifest: Manifest, config: DataConfig, *, seed: int, global_batch: int, share: slice, steps: range
+    manifest: Manifest,
+    config: DataConfig,
+    *,
+    seed: int,
+    global_batch: int,
+    share: slice,
+    steps: range,
+    views: int = 2,
 ) -> Iterator[Batch]:
-    """Two augmented views of this rank's rows of the train split, one batch for each global step in ``steps``.
+    """Augmented views of this rank's rows of the train split, one batch for each global step in ``steps``.
 
     One loader serves the whole run: epoch = step // num_steps_per_epoch, and nothing before ``steps.start`` is read.
 
@@ -117,6 +124,7 @@ def pretrain_batches(
         global_batch: images a step over all ranks.
         share: this rank's positions in a global batch (World.share).
         steps: global steps to yield, such as range(resumed, total).
+        views: views an image; those after the second are drawn as the second is, and leave the first two as they are.
 
     Raises:
         UserError: at the call if the split is smaller than a global batch; while iterating if a sample is damaged.
@@ -124,9 +132,9 @@ def pretrain_batches(
     num_steps_per_epoch(manifest, "train", global_batch)
     reader = ShardReader(manifest, "train")
     rows = partial(plan, len(reader), seed=seed, global_batch=global_batch, share=share, steps=steps)
-    views = partial(_random_views, resolve(config.augment), config.image_size, config.channels, seed)
+    viewed = partial(_random_views, resolve(config.augment), config.image_size, config.channels, seed, views)
     collate = partial(_collate, share.stop - share.start, _Format(manifest, config.channels))
-    return _load([rows, wds.split_by_worker, partial(_read, reader), views, collate, _carry_errors], config.workers)
+    return _load([rows, wds.split_by_worker, partial(_read, reader), viewed, collate, _carry_errors], config.workers)
 
 
 def evaluation_batches(
@@ -174,9 +182,9 @@ def augmented_batches(
     reader = ShardReader(manifest, split)
     numbers = range(len(reader)) if numbers is None else numbers
     rows = partial(_in_order, numbers, batch, SPLITS.index(split))
-    views = partial(_random_views, resolve(config.augment), config.image_size, config.channels, seed)
+    viewed = partial(_random_views, resolve(config.augment), config.image_size, config.channels, seed, 2)
     collate = partial(_collate, batch, _Format(manifest, config.channels))
-    return _load([rows, wds.split_by_worker, partial(_read, reader), views, collate, _carry_errors], workers)
+    return _load([rows, wds.split_by_worker, partial(_read, reader), viewed, collate, _carry_errors], workers)
 
 
 # The stages: each takes the iterator before it. split_by_worker deals whole batches out to the loader workers, from
@@ -195,11 +203,11 @@ def _read(reader: ShardReader, source: Iterator[Rows]) -> Iterator[Item]:
 
 
 def _random_views(
-    augmentation: Augmentation, image_size: int, channels: int, seed: int, source: Iterator[Item]
+    augmentation: Augmentation, image_size: int, channels: int, seed: int, num_views: int, source: Iterator[Item]
 ) -> Iterator[Viewed]:
     for epoch, number, sample in source:
         one = partial(view, sample.image, augmentation, image_size=image_size, channels=channels)
-        views = [one(seed=seed, epoch=epoch, sample=number, view=v) for v in (0, 1)]
+        views = [one(seed=seed, epoch=epoch, sample=number, view=v) for v in range(num_views)]
         yield Viewed(number, sample.label, sample.group, views)
 
 

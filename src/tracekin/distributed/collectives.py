@@ -3,7 +3,9 @@
 Nothing here carries gradients: mined targets are stop-gradients, and the loss needs no gather.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +15,37 @@ from torch import Tensor
 
 @dataclass
 class Traffic:
-    """Bytes of the gathered buffers handed to collectives so far."""
+    """Bytes that this rank's mining received: of the buffers handed to collectives, this rank's own share included."""
 
     bytes: int = 0
+
+    def count(self, tensor: Tensor) -> None:
+        self.bytes += tensor.numel() * tensor.element_size()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that exchange among themselves, on a communicator of their own, so that nothing else waits for them."""
+
+    rank: int = 0
+    """My place in the group."""
+    size: int = 1
+    handle: Any = None
+    """torch.distributed's; None for a group of one."""
+
+
+def open_group(extent: str, local_size: int) -> Group:
+    """A new group: of this rank alone (``rank``), of the ranks of its node (``node``) or of all (``global``).
+
+    Collective: every rank calls it. Nodes hold ``local_size`` consecutive ranks each.
+    """
+    if extent == "rank" or world_size() == 1 or (extent == "node" and local_size == 1):
+        return Group()
+    if extent == "global":
+        return Group(rank(), world_size(), dist.new_group())
+    assert world_size() % local_size == 0, (world_size(), local_size)
+    handle, _ = dist.new_subgroups(local_size)
+    return Group(rank() % local_size, local_size, handle)
 
 
 def world_size() -> int:
@@ -26,22 +56,44 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def gather(tensor: Tensor, traffic: Traffic | None = None, group: Group | None = None) -> Tensor:
+    """Concatenate the ranks' tensors (same shape and dtype everywhere) along the first dimension in rank order.
+
+    Scalars are stacked. Every rank gets the whole; without ``group``, that of all ranks.
+    """
+    return start_gather(tensor, traffic, group)()
+
+
 @torch.no_grad()
-def gather(tensor: Tensor, dim: int = 0, traffic: Traffic | None = None) -> Tensor:
-    """Concatenate the ranks' tensors (same shape and dtype everywhere) along ``dim`` in rank order, on every rank."""
-    size = world_size()
-    if size == 1:
-        return tensor.detach()
-    if tensor.numel() == 0:  # an unlabelled set has labels of no column; gloo refuses to send nothing
-        return torch.cat([tensor.detach()] * size, dim)
-    local = tensor.detach().contiguous()
-    gathered = local.new_empty((size, *local.shape))
+def start_gather(tensor: Tensor, traffic: Traffic | None = None, group: Group | None = None) -> Callable[[], Tensor]:
+    """``gather`` that returns at once; call what it returns, once, to wait for the whole."""
+    group = group or Group(rank(), world_size())
+    local = tensor.detach()
+    if group.size == 1:
+        return lambda: local
+    if local.numel() == 0:  # an unlabelled set has labels of no column; gloo refuses to send nothing
+        return lambda: torch.cat([local] * group.size)
+    local = local.contiguous()
+    whole = local.new_empty((group.size * local.shape[0], *local.shape[1:]) if local.dim() else (group.size,))
     if traffic is not None:
-        traffic.bytes += gathered.numel() * gathered.element_size()
-    dist.all_gather_into_tensor(gathered.flatten(0, 1) if local.dim() else gathered, local)
-    if local.dim() == 0:
-        return gathered
-    return gathered.movedim(0, dim).flatten(dim, dim + 1)
+        traffic.count(whole)
+    # As bytes: what travels is not summed, and gloo does not know every dtype.
+    work = dist.all_gather_into_tensor(_bytes(whole), _bytes(local), group=group.handle, async_op=True)
+    return partial(_arrived, [work], whole, local)
+
+
+@torch.no_grad()
+def start_shift(tensor: Tensor, traffic: Traffic, group: Group) -> Callable[[], Tensor]:
+    """Send a tensor to the group's next rank, receive that of the rank before, of the same shape; wait by calling."""
+    sent = tensor.detach().contiguous()
+    received = torch.empty_like(sent)
+    traffic.count(received)
+    to, source = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+    operations = [
+        dist.P2POp(dist.isend, _bytes(sent), group=group.handle, group_peer=to),
+        dist.P2POp(dist.irecv, _bytes(received), group=group.handle, group_peer=source),
+    ]
+    return partial(_arrived, dist.batch_isend_irecv(operations), received, sent)
 
 
 @torch.no_grad()
@@ -65,3 +117,14 @@ def broadcast_object(value: Any) -> Any:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+def _arrived(works: Sequence[Any], received: Tensor, sent: Tensor) -> Tensor:
+    """Wait for the works; ``sent`` is named so that it lives as long as it travels."""
+    for work in works:
+        work.wait()
+    return received
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8) if tensor.dim() else tensor.view(1).view(torch.uint8)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from tracekin.influence.candidates import Candidates
 from tracekin.influence.mining import Mined, chunks, eligible
-from tracekin.influence.policies import Candidates
 from tracekin.influence.similarity import shares_label
 
 
@@ -44,7 +44,29 @@ def hit_and_chance(
     return hit, sharing / total
 
 
-def in_degree(index: Tensor, num_columns: int) -> Tensor:
-    """How often each column was chosen: int64 [num_columns] from the indices of all ranks, any shape, -1 for none."""
-    chosen = index.flatten() + 1  # a first bin for -1, so that nothing is selected by a mask, which would synchronise
-    return chosen.new_zeros(num_columns + 1).scatter_add_(0, chosen, torch.ones_like(chosen))[1:]
+def in_degree(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Hubs: how often the most chosen image was chosen, and how many different images were.
+
+    Args:
+        ids: int64, the chosen images' ids of all ranks, any shape; -1 for none.
+
+    Returns:
+        Both fp32 scalars on the device; 0 where nothing was chosen.
+    """
+    ordered = ids.flatten().sort().values
+    left, right = (torch.searchsorted(ordered, ordered, side=side) for side in ("left", "right"))
+    chosen = ordered >= 0
+    count = torch.where(chosen, right - left, 0).float()
+    return count.max(), torch.where(chosen, 1 / count, 0).sum()
+
+
+def score_gap(score: Tensor) -> Tensor:
+    """How decided each choice is, (first - second) / first: [R, 2 or more] scores -> [R] fp32, NaN where none is."""
+    first, second = score[:, 0], score[:, 1]
+    return torch.where(first > 0, (first - second) / first, torch.nan)
+
+
+def agreement(first: Mined, second: Mined) -> Tensor:
+    """Whether two policies chose the same best column, [R] fp32; NaN where either chose nothing."""
+    one, other = first.index[:, 0], second.index[:, 0]
+    return torch.where((one >= 0) & (other >= 0), (one == other).float(), torch.nan)

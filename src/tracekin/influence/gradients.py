@@ -1,6 +1,6 @@
 """Per-sample gradients of the BYOL loss at the predictor's last Linear layer, as factors and in closed form.
 
-Shape suffixes: V views, B images, H width of the layer's input, D width of its output.
+Shape suffixes: B images, V views, H width of the layer's input, D width of its output.
 
 With p = W h + b and l_i = sum over u of [2 - 2 cos(p_i^u, t_i^u)], the gradient of image i is
 dl_i/dW = sum over u of delta_i^u (h_i^u)^T and dl_i/db = sum over u of delta_i^u. It is exact there because the
@@ -22,9 +22,9 @@ class Factors(NamedTuple):
     """The two factors of each image's gradient."""
 
     hidden: Tensor
-    """[V, B, H] input of the layer; fp32, or float64."""
+    """[B, V, H] input of the layer; fp32, or float64 (what has travelled between ranks may be bf16)."""
     delta: Tensor
-    """[V, B, D] gradient of the image's own loss at the layer's output; fp32, or float64."""
+    """[B, V, D] gradient of the image's own loss at the layer's output; fp32, or float64 (or bf16, as above)."""
 
 
 def unit(vectors: Tensor) -> Tensor:
@@ -36,36 +36,40 @@ def gradient_factors(hidden: Tensor, prediction: Tensor, target: Tensor) -> Fact
     """Factors of the per-sample gradients: delta = -(2/|p|) (t^ - (p^ . t^) p^), with ^ for unit vectors.
 
     Args:
-        hidden: [V, B, H] input of the predictor's last layer, any float dtype.
-        prediction: [V, B, D] its output, before any normalisation.
-        target: [V, B, D]; target[u] is the vector that prediction[u] is compared with, so the other view's.
+        hidden: [B, V, H] input of the predictor's last layer, any float dtype.
+        prediction: [B, V, D] its output, before any normalisation.
+        target: [B, V, D]; target[:, u] is the vector that prediction[:, u] is compared with, so the other view's.
 
     Returns:
         Factors in fp32 (float64 stays float64), detached. Zero predictions and zero targets give a delta of 0.
     """
     with exact(prediction.device):
         # In float64: t^ and its part along p^ cancel as the cosine goes to 1, and these are the small tensors.
-        p_VBD, t_VBD = prediction.double(), unit(target.double())
-        inverse = _inverse_length(p_VBD)
-        direction = p_VBD * inverse
-        tangent = t_VBD - (direction * t_VBD).sum(-1, keepdim=True) * direction
+        p_BVD, t_BVD = prediction.double(), unit(target.double())
+        inverse = _inverse_length(p_BVD)
+        direction = p_BVD * inverse
+        tangent = t_BVD - (direction * t_BVD).sum(-1, keepdim=True) * direction
         delta = -2 * inverse * tangent
         return Factors(widen(hidden.detach()), delta.to(torch.promote_types(prediction.dtype, torch.float32)))
 
 
-def self_influence(factors: Factors) -> Tensor:
-    """M_ii = |gradient of image i|^2, [B]."""
-    with exact(factors.hidden.device):
-        h_BVH, d_BVD = (widen(factor).transpose(0, 1) for factor in factors)
-        return ((h_BVH @ h_BVH.mT + 1) * (d_BVD @ d_BVD.mT)).sum((1, 2))
+def self_influence(*layers: Factors) -> Tensor:
+    """M_ii = |gradient of image i|^2, [B], summed over the layers (or checkpoints) given."""
+    with exact(layers[0].hidden.device):
+        wide = [[widen(factor) for factor in layer] for layer in layers]
+        terms = [((h_BVH @ h_BVH.mT + 1) * (d_BVD @ d_BVD.mT)).sum((1, 2)) for h_BVH, d_BVD in wide]
+        return torch.stack(terms).sum(0)
 
 
-def normalised(factors: Factors) -> Factors:
-    """The same gradients at unit length, so that their product is a cosine; those of no length become 0."""
-    with exact(factors.hidden.device):
-        square = self_influence(factors)
-        scale = torch.where(square > 0, square.rsqrt(), 0)
-        return Factors(factors.hidden, widen(factors.delta) * scale[:, None])
+def normalised(*layers: Factors) -> tuple[Factors, ...]:
+    """The same gradients at unit length over all layers together, so that their product is a cosine; no length gives 0.
+
+    Only the deltas change, so that the hidden activations can travel before this is known.
+    """
+    with exact(layers[0].hidden.device):
+        square = self_influence(*layers)
+        scale = torch.where(square > 0, square.rsqrt(), 0)[:, None, None]
+        return tuple(Factors(hidden, widen(delta) * scale) for hidden, delta in layers)
 
 
 def _inverse_length(vectors: Tensor) -> Tensor:

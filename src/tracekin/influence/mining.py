@@ -25,6 +25,84 @@ class Mined(NamedTuple):
     """[R, k] fp32; 0 where the index is -1."""
 
 
+class Best:
+    """The k best columns of each row among those added so far; no order of adding changes the outcome.
+
+    Memory beyond the columns themselves is bounded by rows x ``chunk``, never rows x all columns.
+
+    Args:
+        row_ids: [R] integers; a column of the row's own id is never chosen.
+        row_groups: [R] integers, or None to exclude by id alone.
+        k: columns to choose a row.
+        chunk: columns scored at a time.
+
+    Raises:
+        UserError: if k or chunk is below 1; from ``mined`` if fewer than k columns were added.
+    """
+
+    def __init__(self, row_ids: Tensor, row_groups: Tensor | None = None, *, k: int = 1, chunk: int = 4096) -> None:
+        if chunk < 1:
+            raise UserError(f"chunk={chunk} columns at a time is out of range: accepted is 1 or more.")
+        if k < 1:
+            raise UserError(f"k={k} positives is out of range: accepted is 1 or more.")
+        self.row_ids, self.row_groups, self.k, self.chunk = row_ids, row_groups, k, chunk
+        self.keys = row_ids.new_zeros(len(row_ids), k, dtype=torch.int64)
+        self.num_columns = 0
+
+    @torch.no_grad()
+    def add(self, score: Score, column_ids: Tensor, column_groups: Tensor | None = None, start: int = 0) -> None:
+        """Let the columns ``start``, ``start`` + 1, ... compete.
+
+        Args:
+            score: gives [R, C] for a slice of these columns (of 0 to their number), any float dtype.
+            column_ids: [columns] integers.
+            column_groups: [columns] integers, or None.
+            start: the first column's number in the whole pool.
+        """
+        for part in chunks(len(column_ids), self.chunk):
+            allowed = eligible(self.row_ids, column_ids, self.row_groups, column_groups, part)
+            keys = _sortable(score(part), start + part.start, allowed)
+            if self.k == 1:  # a maximum is several times faster than a top-k
+                self.keys = torch.maximum(self.keys, keys.amax(1, keepdim=True))
+            else:
+                best = keys.topk(min(self.k, keys.shape[1])).values
+                self.keys = torch.cat((self.keys, best), 1).topk(self.k).values
+        self.num_columns += len(column_ids)
+
+    def mined(self) -> Mined:
+        """What was chosen."""
+        if self.num_columns < self.k:
+            raise UserError(
+                f"k={self.k} positives cannot be mined from {self.num_columns} columns;"
+                f" accepted is 1 to {self.num_columns}."
+            )
+        index = torch.where(self.keys > 0, LAST - (self.keys & LAST), -1)
+        return Mined(index, (self.keys >> 32).int().view(torch.float32))
+
+
+def mine(
+    score: Score,
+    row_ids: Tensor,
+    column_ids: Tensor,
+    row_groups: Tensor | None = None,
+    column_groups: Tensor | None = None,
+    *,
+    k: int = 1,
+    chunk: int = 4096,
+) -> Mined:
+    """The k best-scored eligible columns of each row, of columns that lie in one block (else see ``Best``).
+
+    A column is eligible if its score is above 0 (which NaN is not), its id is not the row's and, when groups are given,
+    neither is its group. Scores are compared in fp32; of equal ones the lowest column wins, whatever chunk, k, device.
+
+    Raises:
+        UserError: if there are fewer columns than k, or k or chunk is below 1.
+    """
+    best = Best(row_ids, row_groups, k=k, chunk=chunk)
+    best.add(score, column_ids, column_groups)
+    return best.mined()
+
+
 def chunks(num_columns: int, chunk: int) -> Iterator[slice]:
     for start in range(0, num_columns, chunk):
         yield slice(start, min(start + chunk, num_columns))
@@ -40,54 +118,12 @@ def eligible(
     return allowed
 
 
-@torch.no_grad()
-def mine(
-    score: Score,
-    row_ids: Tensor,
-    column_ids: Tensor,
-    row_groups: Tensor | None = None,
-    column_groups: Tensor | None = None,
-    *,
-    k: int = 1,
-    chunk: int = 4096,
-) -> Mined:
-    """The k best-scored eligible columns of each row; memory is bounded by R x ``chunk``, never R x all columns.
-
-    A column is eligible if its score is above 0 (which NaN is not), its id is not the row's and, when groups are given,
-    neither is its group. Scores are compared in fp32; of equal ones the lowest column wins, whatever chunk, k, device.
-
-    Args:
-        score: gives [R, C] for a slice of columns, any float dtype.
-        row_ids: [R] integers.
-        column_ids: [columns] integers.
-        row_groups: [R] integers, or None to exclude by id alone.
-        column_groups: [columns] integers, or None.
-        k: columns to choose a row.
-        chunk: columns scored at a time.
-
-    Raises:
-        UserError: if there are fewer columns than k, or k or chunk is below 1.
-    """
-    num_columns = len(column_ids)
-    if not 1 <= k <= num_columns:
-        raise UserError(f"k={k} positives cannot be mined from {num_columns} columns; accepted is 1 to {num_columns}.")
-    if chunk < 1:
-        raise UserError(f"chunk={chunk} columns at a time is out of range: accepted is 1 or more.")
-    best = row_ids.new_zeros(len(row_ids), k, dtype=torch.int64)
-    for part in chunks(num_columns, chunk):
-        allowed = eligible(row_ids, column_ids, row_groups, column_groups, part)
-        keys = _sortable(score(part), part, allowed)
-        best = torch.cat((best, keys), 1).topk(k).values
-    index = torch.where(best > 0, LAST - (best & LAST), -1)
-    return Mined(index, (best >> 32).int().view(torch.float32))
-
-
-def _sortable(values: Tensor, part: slice, allowed: Tensor) -> Tensor:
+def _sortable(values: Tensor, first: int, allowed: Tensor) -> Tensor:
     """int64 keys [R, C], the score in the high half and the column in the low one; 0 where there is nothing to choose.
 
     Positive floats order as their bits do. No two columns share a key, so no order among ties is left to ``topk``.
     """
     values = values.float()
     bits = values.contiguous().view(torch.int32).long() << 32
-    columns = torch.arange(LAST - part.start, LAST - part.stop, -1, device=values.device)
+    columns = torch.arange(LAST - first, LAST - first - values.shape[1], -1, device=values.device)
     return torch.where(allowed & (values > 0), bits | columns, 0)

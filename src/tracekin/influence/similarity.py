@@ -1,49 +1,43 @@
 """Scores between images, as dense blocks [rows, columns]; callers give columns in chunks.
 
-Shape suffixes: V views, R rows, C columns, H and D widths of the factors, L labels.
+Shape suffixes: R rows, C columns, V views, H and D widths of the factors, L labels.
 """
 
 import torch
 from torch import Tensor
 
-from tracekin.influence.gradients import Factors, normalised, unit
+from tracekin.influence.gradients import Factors, unit
 from tracekin.influence.precision import exact, widen
 
 
-def pairwise_tracin(rows: Factors, columns: Factors, *, normalise: bool = False) -> Tensor:
+def pairwise_tracin(rows: Factors, columns: Factors) -> Tensor:
     """Inner products of per-sample gradients, weight and bias: a TracIn term (arXiv 2002.08484) without its step size.
 
     M_ij = sum over views u, v of (h_i^u . h_j^v + 1)(delta_i^u . delta_j^v). Under SGD the step size is common to the
-    batch and moves no arg max; under AdamW the product is gradient similarity, not first-order influence.
+    batch and moves no arg max; under AdamW the product is gradient similarity, not first-order influence. Factors
+    through ``gradients.normalised`` give cosines.
 
     Args:
         rows: factors of R images, any float dtype.
         columns: factors of C images.
-        normalise: divide by sqrt(M_ii M_jj), 0 where either is 0. Over many chunks pass factors through
-            ``gradients.normalised`` once instead.
 
     Returns:
         [R, C], fp32 (float64 for float64 factors).
     """
-    if normalise:
-        rows, columns = normalised(rows), normalised(columns)
     with exact(rows.hidden.device):
-        num_views, num_rows = rows.hidden.shape[:2]
-        h_VRH, d_VRD = (widen(factor).flatten(0, 1) for factor in rows)
-        one = h_VRH.new_ones(1)
-        score = h_VRH.new_zeros(num_rows, columns.hidden.shape[1])
-        # All row views in one product, column views one by one: a chunk [V, C, H] of a larger pool is never copied.
-        for h_CH, d_CD in zip(widen(columns.hidden), widen(columns.delta), strict=True):
-            block = torch.addmm(one, h_VRH, h_CH.T).mul_(d_VRD @ d_CD.T)
-            score += block.view(num_views, num_rows, -1).sum(0)
-        return score
+        h_RVH, d_RVD, h_CVH, d_CVD = (widen(factor) for factor in (*rows, *columns))
+        (num_rows, row_views), (num_columns, column_views) = h_RVH.shape[:2], h_CVH.shape[:2]
+        # Two products for all pairs of views at once.
+        block = torch.addmm(h_RVH.new_ones(1), h_RVH.flatten(0, 1), h_CVH.flatten(0, 1).T)
+        block *= d_RVD.flatten(0, 1) @ d_CVD.flatten(0, 1).T
+        return block.view(num_rows, row_views, num_columns, column_views).sum((1, 3))
 
 
 def pairwise_feature(rows: Tensor, columns: Tensor) -> Tensor:
-    """Sum over views u, v of cos(row_i^u, column_j^v): [V, R, D], [V, C, D] -> [R, C]; a zero vector's cosine is 0."""
+    """Sum over views u, v of cos(row_i^u, column_j^v): [R, V, D], [C, V, D] -> [R, C]; a zero vector's cosine is 0."""
     with exact(rows.device):
         # The sum of all pairs of views is the product of the two sums of unit vectors.
-        return unit(widen(rows)).sum(0) @ unit(widen(columns)).sum(0).T
+        return unit(widen(rows)).sum(1) @ unit(widen(columns)).sum(1).T
 
 
 def pairwise_random(row_ids: Tensor, column_ids: Tensor, seed: int, step: int) -> Tensor:

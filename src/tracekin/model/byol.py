@@ -1,6 +1,6 @@
 """BYOL (Grill et al., arXiv 2006.07733): the online and the target network, the loss, and the EMA between them.
 
-Shape suffixes: V views, B images, C channels, S side, H predictor's hidden width, D projection width.
+Shape suffixes: B images, V views, C channels, S side, H predictor's hidden width, D projection width.
 """
 
 import copy
@@ -33,7 +33,7 @@ class Online(nn.Module):
         """Predict each view.
 
         Returns:
-            hidden_VBH, the input of the predictor's last layer, and prediction_VBD, its output; in the weights' dtype.
+            hidden_BVH, the input of the predictor's last layer, and prediction_BVD, its output; in the weights' dtype.
         """
         hidden = []
         for view_BCSS in views_VBCSS:
@@ -42,9 +42,9 @@ class Online(nn.Module):
             # Influence is exact only in fp32: rounding h or p to bf16 flips the arg max of anchors at high cosine.
             with _autocast(view_BCSS.device, False):
                 hidden.append(self.predictor[1:](first_BH.to(self.predictor_last.weight.dtype)))
-        hidden_VBH = torch.stack(hidden)
-        with _autocast(hidden_VBH.device, False):
-            return hidden_VBH, self.predictor_last(hidden_VBH)
+        hidden_BVH = torch.stack(hidden, 1)
+        with _autocast(hidden_BVH.device, False):
+            return hidden_BVH, self.predictor_last(hidden_BVH)
 
 
 class Target(nn.Module):
@@ -59,14 +59,14 @@ class Target(nn.Module):
 
     @torch.no_grad()
     def forward(self, views_VBCSS: Tensor) -> Tensor:
-        """Project each view: target_VBD in the weights' dtype."""
+        """Project each view: target_BVD in the weights' dtype."""
         targets = []
         for view_BCSS in views_VBCSS:
             with _autocast(view_BCSS.device, self.autocast):
                 features = self.backbone(_channels_last(view_BCSS))
             with _autocast(view_BCSS.device, False):
                 targets.append(self.projector(features.to(self.projector[-1].weight.dtype)))
-        return torch.stack(targets)
+        return torch.stack(targets, 1)
 
     @torch.no_grad()
     def follow(self, online: Online, tau: float) -> None:
@@ -75,12 +75,12 @@ class Target(nn.Module):
         torch._foreach_lerp_([*self.parameters()], theirs, 1 - tau)
 
 
-def byol_loss(prediction_VBD: Tensor, target_VBD: Tensor) -> Tensor:
-    """BYOL's loss of each image, sum over views of 2 - 2 cos(p, t): [B].
+def byol_loss(prediction_BVD: Tensor, target_BVD: Tensor) -> Tensor:
+    """BYOL's loss of each image, sum over views of 2 - 2 cos(p, t): [..., V, D] -> [...], shapes that broadcast.
 
-    ``target[u]`` is what ``prediction[u]`` is compared with: the other view's projection.
+    ``target[:, u]`` is what ``prediction[:, u]`` is compared with: the other view's projection.
     """
-    return (2 - 2 * F.cosine_similarity(prediction_VBD, target_VBD, dim=-1)).sum(0)
+    return (2 - 2 * F.cosine_similarity(prediction_BVD, target_BVD, dim=-1)).sum(-1)
 
 
 def tau_at(step: int, num_steps: int, base: float) -> float:

@@ -1,5 +1,6 @@
 """A pretraining run: what surrounds the step. One entry under python, torchrun and srun."""
 
+import copy
 import json
 import math
 import os
@@ -17,20 +18,20 @@ from tracekin.distributed import collectives
 from tracekin.distributed.group import process_group
 from tracekin.distributed.world import World, world_from_environment
 from tracekin.files import write_text
-from tracekin.influence.diagnostics import hit_and_chance, in_degree
 from tracekin.model.byol import Online, Target, tau_at
 from tracekin.monitor.environment import environment
-from tracekin.monitor.metrics import Clock, Meter, spread
+from tracekin.monitor.metrics import Clock, Meter
 from tracekin.monitor.progress import Progress
 from tracekin.monitor.sinks import open_sinks
 from tracekin.train.checks import check_run
 from tracekin.train.engine import build_engine, load_optimiser_tensors, optimiser_tensors, preflight, set_lr
+from tracekin.train.miner import Miner
 from tracekin.train.optimiser import peak_lr
+from tracekin.train.record import gallery_pairs, line, measure
 from tracekin.train.schedule import lr_at
 from tracekin.train.step import Losses, train_step
 
 NUM_GALLERY = 24
-PHASES = ("online", "target", "mining", "backward", "update")
 
 
 def pretrain(config: Config) -> Path:
@@ -76,9 +77,10 @@ class _Run:
         self.engine = build_engine(online, config.optimiser, config.train, world)
         if found is not None:
             load_optimiser_tensors(self.engine, checkpoint.load_part(found, "optimiser"))
+        self.miner = Miner(config.mining, online, config.seed, world.local_size)
+        if found is not None:
+            self._remember(found)
         self.clock, self.meter = Clock(device), Meter(device)
-        self.traffic = collectives.Traffic()
-        self.chosen: tuple[torch.Tensor, ...] = ()  # (index, score) of the whole last batch
         # Gathered once: it asks git, which no checkpoint should wait for.
         self.facts = environment(world.size, device, config.train.zero_stage) if world.is_main else {}
 
@@ -108,6 +110,7 @@ class _Run:
                 global_batch=config.train.global_batch,
                 share=self.world.share(config.train.global_batch),
                 steps=steps,
+                views=2 + config.mining.support_views,
             )
         )
         self.engine.train()
@@ -128,7 +131,7 @@ class _Run:
             if not math.isfinite(record["loss"]):
                 raise FloatingPointError(f"the loss is {record['loss']} at step {self.step}; the run stops here.")
             if end_of_epoch:
-                self._save(losses)
+                self._save(losses, schedule["lr"])
             began, first = time.perf_counter(), self.step
 
     def _one_step(self, batches: Any, step: int) -> tuple[Losses, dict[str, float]]:
@@ -146,81 +149,60 @@ class _Run:
             self.engine,
             self.target,
             batch,
-            mining,
+            self.miner,
             tau=tau,
             weight=mining.weight if step >= mining.warmup * self.num_steps else 0.0,
-            seed=config.seed,
             step=step,
+            lr=lr,
             clock=self.clock,
-            traffic=self.traffic,
         )
-        self._measure(losses)
+        measure(self.meter, losses, self.miner, step)
         return losses, {"lr": lr, "tau": tau}
-
-    def _measure(self, losses: Losses) -> None:
-        self.meter.add(loss=losses.loss, loss_byol=losses.loss_byol, loss_mined=losses.loss_mined)
-        if losses.mined is None or losses.rows is None or losses.pool is None:
-            return
-        index_B, score_B = losses.mined.index[:, 0], losses.mined.score[:, 0]
-        self.meter.add(num_anchors=float(len(index_B)), num_mined=(index_B >= 0).sum())
-        self.chosen = tuple(collectives.gather(x, 0, self.traffic) for x in (index_B, score_B))
-        degrees = in_degree(self.chosen[0], len(losses.pool.ids))
-        self.meter.add(max_in_degree=degrees.max())
-        if losses.rows.labels.shape[1]:
-            hits, chance = hit_and_chance(losses.mined, losses.rows, losses.pool, self.config.mining.exclude_group)
-            self.meter.add(hits=hits.nansum(), chance=chance.where(index_B >= 0, 0).sum())
 
     def _record(self, losses: Losses, schedule: dict[str, float], seconds: float, steps: int) -> dict[str, Any]:
         """One line of metrics.jsonl: means over the ``steps`` steps since the line before, seconds a step."""
-        phases, sums = self.clock.flush(), self.meter.flush()
-        each = steps * self.world.size
-        mined = "num_mined" in sums
-        labelled = "hits" in sums and sums["num_mined"] > 0
-        record: dict[str, Any] = {
+        traffic, self.miner.traffic.bytes = self.miner.traffic.bytes, 0
+        return {
             "step": self.step,
             "epoch": (self.step - 1) // self.steps_per_epoch,
-            **{key: sums[key] / each for key in ("loss", "loss_byol", "loss_mined")},
             **schedule,
-            "hit_rate": sums["hits"] / sums["num_mined"] if labelled else None,
-            "chance_rate": sums["chance"] / sums["num_mined"] if labelled else None,
-            "mined_fraction": sums["num_mined"] / sums["num_anchors"] if mined else None,
-            "max_in_degree": sums["max_in_degree"] / each if mined else None,
-            **spread(collectives.gather(losses.target_VBD, 1)[0]),
             "images_per_second": self.config.train.global_batch * steps / seconds,
-            "data_wait_fraction": phases["data"] / seconds,
-            "step_seconds": seconds / steps,
-            **{f"{phase}_seconds": phases.get(phase, 0.0) / steps for phase in PHASES},
-            "gathered_bytes": self.traffic.bytes // steps,
+            **line(self.meter, losses, self.clock.flush(), traffic, steps, seconds),
         }
-        self.traffic.bytes = 0
-        return record
 
-    def _save(self, losses: Losses) -> None:
+    def _save(self, losses: Losses, lr: float) -> None:
         """Checkpoint and gallery; collective, because ZeRO's optimiser state lies on all ranks."""
         optimiser = optimiser_tensors(self.engine)
-        if losses.pool is not None:
-            self._write_gallery(losses.pool.ids.tolist())
+        pairs = gallery_pairs(losses.found, NUM_GALLERY) if losses.found else None
         if self.world.is_main:
             networks = {"online": self.engine.module, "target": self.target}
             model = {f"{name}.{key}": t for name, net in networks.items() for key, t in net.state_dict().items()}
-            parts = {"model": model, "optimiser": optimiser}
+            queue = self.miner.queue.state() if self.miner.queue else {}
+            parts = {"model": model, "optimiser": optimiser, "queue": queue}
             state = {
                 "dataset": self.manifest.fingerprint(),
+                "lr": lr,
                 "config": to_dict(self.config),
                 "environment": self.facts,
             }
             checkpoint.save(self.folder, self.step, parts, state, self.config.train.keep_checkpoints)
+            if pairs is not None:
+                content = {"step": self.step, "dataset": self.manifest.fingerprint(), "pairs": pairs}
+                write_text(self.folder / "gallery.json", json.dumps(content) + "\n")
+        if self.miner.history:
+            self.miner.history.remember(self.engine.module, self.target, lr)
         collectives.barrier()
 
-    def _write_gallery(self, ids: list[int]) -> None:
-        """The last step's pairs, evenly spaced over the batch rather than picked by score, for the report."""
-        if not self.world.is_main:
-            return
-        index, score = (x.tolist() for x in self.chosen)
-        mined = [[ids[i], ids[j], s] for i, (j, s) in enumerate(zip(index, score, strict=True)) if j >= 0]
-        pairs = mined[:: max(1, len(mined) // NUM_GALLERY)][:NUM_GALLERY]
-        content = {"step": self.step, "dataset": self.manifest.fingerprint(), "pairs": pairs}
-        write_text(self.folder / "gallery.json", json.dumps(content) + "\n")
+    def _remember(self, found: Path) -> None:
+        """What the miner knew at a checkpoint: the queue, and the networks of the last checkpoints."""
+        if self.miner.queue:
+            self.miner.queue.load(checkpoint.load_part(found, "queue"), self.device)
+        if self.miner.history:
+            for path in checkpoint.complete(self.folder, up_to=found):
+                online, target = copy.deepcopy(self.engine.module), copy.deepcopy(self.target)
+                online.load_state_dict(checkpoint.load_model(path, "online."))
+                target.load_state_dict(checkpoint.load_model(path, "target."))
+                self.miner.history.remember(online, target, checkpoint.load_state(path)["lr"])
 
     def _open_folder(self) -> list[Any]:
         if not self.world.is_main:

@@ -1,0 +1,69 @@
+"""Candidates of the last steps, kept so that small batches still find mates. N samples kept, V views."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tracekin.influence.candidates import Block, Candidates
+from tracekin.influence.gradients import Factors
+
+
+class Queue:
+    """The last ``size`` samples of the pool, on the device; the oldest are overwritten.
+
+    What is kept is what travelled: factors and targets as they were, so an entry is as old as its step. All ranks keep
+    the same, in the order of the global batch.
+
+    Args:
+        size: samples kept.
+        half_life: steps after which a score counts half; 0 keeps the full weight.
+    """
+
+    def __init__(self, size: int, half_life: float = 0.0) -> None:
+        self.size, self.half_life = size, half_life
+        self.written = 0
+        self.slots: dict[str, Tensor] = {}
+
+    def columns(self, step: int) -> Candidates | None:
+        """What is remembered, weighted by its age at ``step``; None while there is nothing."""
+        if not self.slots:
+            return None
+        kept = {name: slot[: self.written] for name, slot in self.slots.items()}
+        weight = torch.exp2((kept["step"] - step) / self.half_life) if self.half_life else None
+        num_layers = sum(name.startswith("hidden.") for name in kept)
+        factors = tuple(Factors(kept[f"hidden.{i}"], kept[f"delta.{i}"]) for i in range(num_layers))
+        return Candidates(factors, kept["target"], kept["ids"], kept["groups"], kept["labels"], weight)
+
+    def recording(self, blocks: Iterator[Block], step: int) -> Iterator[Block]:
+        """Pass the blocks of a step's pool on, and keep each once it has been scored."""
+        start, seen = self.written, 0
+        for block in blocks:
+            yield block
+            self._write(block.columns, start + block.start, step)
+            seen += len(block.columns.ids)
+        self.written = start + seen
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is remembered, as tensors; ``load`` takes it back."""
+        return {**self.slots, "written": torch.tensor(self.written)} if self.slots else {}
+
+    def load(self, state: dict[str, Tensor], device: torch.device) -> None:
+        """Remember what ``state`` held."""
+        self.slots = {name: tensor.to(device) for name, tensor in state.items() if name != "written"}
+        self.written = int(state["written"]) if state else 0
+
+    def _write(self, columns: Candidates, start: int, step: int) -> None:
+        count = len(columns.ids)
+        factors = [
+            (f"{name}.{i}", factor)
+            for i, layer in enumerate(columns.factors)
+            for name, factor in zip(layer._fields, layer, strict=True)
+        ]
+        steps = torch.full_like(columns.ids, step)
+        small = {"target": columns.target, "ids": columns.ids, "groups": columns.groups, "labels": columns.labels}
+        places = (start + torch.arange(count, device=columns.ids.device)) % self.size
+        for name, tensor in [*factors, *small.items(), ("step", steps)]:
+            if name not in self.slots:
+                self.slots[name] = tensor.new_zeros(self.size, *tensor.shape[1:])
+            self.slots[name].index_copy_(0, places, tensor.detach())

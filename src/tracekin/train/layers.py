@@ -1,0 +1,87 @@
+"""Gradients at several layers and at several checkpoints, for the policies that sum influence over them.
+
+Shape suffixes: B images, V views, I and O widths of a layer's input and output.
+"""
+
+import copy
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracekin.influence.gradients import Factors, gradient_factors
+from tracekin.model.byol import Online, Target
+
+
+class Recorder:
+    """Watches the ``count`` Linear layers of an online network's heads that come before the predictor's last."""
+
+    def __init__(self, online: nn.Module, count: int) -> None:
+        linear = [module for module in online.modules() if isinstance(module, nn.Linear)]
+        self.layers = linear[-count - 1 : -1]
+        self.inputs: dict[nn.Module, list[Tensor]] = {}
+        self.outputs: dict[nn.Module, list[Tensor]] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Record inputs and outputs of the forward passes in the block, one a view."""
+        self.inputs = {layer: [] for layer in self.layers}
+        self.outputs = {layer: [] for layer in self.layers}
+
+        def record(layer: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            self.inputs[layer].append(arguments[0].detach())
+            self.outputs[layer].append(output)
+
+        handles = [layer.register_forward_hook(record) for layer in self.layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def hidden(self) -> list[Tensor]:
+        """Input [B, V, I] of each watched layer."""
+        return [torch.stack(self.inputs[layer], 1) for layer in self.layers]
+
+    def deltas(self, loss: Tensor) -> list[Tensor]:
+        """Gradient [B, V, O] of ``loss``, a sum over images, at each watched layer's output; the graph stays.
+
+        Where a batch norm follows, the gradient at image i's place holds what i does to the other images' losses too.
+        """
+        outputs = [output for layer in self.layers for output in self.outputs[layer]]
+        found = torch.autograd.grad(loss, outputs, retain_graph=True)
+        num_views = len(outputs) // len(self.layers)
+        deltas = [torch.stack(found[i : i + num_views], 1) for i in range(0, len(found), num_views)]
+        self.inputs, self.outputs = {}, {}
+        return deltas
+
+
+class History:
+    """The networks as they were at the run's last checkpoints, with the learning rate of each."""
+
+    def __init__(self, count: int) -> None:
+        self.snapshots: deque[tuple[Online, Target, float]] = deque(maxlen=count)
+
+    def remember(self, online: Online, target: Target, lr: float) -> None:
+        """Copy both networks as they are; the oldest copy goes."""
+        self.snapshots.append((copy.deepcopy(online).requires_grad_(False), copy.deepcopy(target), lr))
+
+    @torch.no_grad()
+    def gradients(self, views: Tensor) -> list[Factors]:
+        """Factors of the last layer under each checkpoint, times the square root of its learning rate, oldest first."""
+        found = []
+        for online, target, lr in self.snapshots:
+            online.train()
+            target.train()
+            hidden_BVI, prediction_BVO = online(views)
+            factors = gradient_factors(hidden_BVI, prediction_BVO, target(views).flip(1))
+            found.append(scaled(factors, lr))
+        return found
+
+
+def scaled(factors: Factors, lr: float) -> Factors:
+    """Factors whose inner products carry the weight ``lr``, TracInCP's for a checkpoint."""
+    return factors._replace(delta=factors.delta * lr**0.5)

@@ -1,0 +1,129 @@
+"""The miner: what mining keeps from step to step, and what it does around the step's four lines.
+
+Shape suffixes: B images of this rank, k mined an image, V views, H and D widths.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from tracekin.config import MiningConfig
+from tracekin.distributed import collectives
+from tracekin.distributed.collectives import Traffic, open_group
+from tracekin.influence.candidates import Block, Candidates
+from tracekin.influence.gradients import Factors, gradient_factors, normalised
+from tracekin.influence.mining import Mined
+from tracekin.influence.policies import POLICIES, choose
+from tracekin.influence.queue import Queue
+from tracekin.influence.selection import keep_above, keep_mutual
+from tracekin.train.exchange import Exchange
+from tracekin.train.layers import History, Recorder, scaled
+
+
+class Miner:
+    """Chooses each image's positives among those of all ranks of the pool, and of the queue.
+
+    Args:
+        mining: what and how.
+        online: the online network itself, whose layers policy ``ghost`` watches.
+        seed: of random draws.
+        local_size: ranks a node, for ``mining.pool=node``.
+    """
+
+    def __init__(self, mining: MiningConfig, online: nn.Module, seed: int, local_size: int = 1) -> None:
+        self.mining, self.seed = mining, seed
+        self.policy = POLICIES.get(mining.policy)
+        self.gradients_of = self.policy.gradients if self.policy else "none"
+        group = open_group(mining.pool if self.policy else "rank", local_size)
+        self.exchange = Exchange(mining, group)
+        self.queue = Queue(mining.queue, mining.queue_half_life) if mining.queue and self.policy else None
+        several = self.gradients_of == "layers" and mining.layers > 1
+        self.recorder = Recorder(online, mining.layers - 1) if several else None
+        self.history = History(mining.checkpoints) if self.gradients_of == "checkpoints" else None
+        self.own_hidden: list[Tensor] = []
+        self.exclude_group = mining.exclude_group and not (self.policy and self.policy.same_group)
+
+    @property
+    def traffic(self) -> Traffic:
+        return self.exchange.traffic
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Around the online network's forward pass."""
+        return self.recorder.watching() if self.recorder else nullcontext()
+
+    def send(self, hidden_BVH: Tensor) -> None:
+        """Let the activations in front of the last layer travel, as soon as they are known."""
+        if self.gradients_of == "none":
+            return
+        layers = [hidden_BVH, *(self.recorder.hidden() if self.recorder else [])]
+        self.own_hidden = [self.exchange.send(layer) for layer in layers]
+
+    def gradients(
+        self, hidden_BVH: Tensor, prediction_BVD: Tensor, target_BVD: Tensor, loss_B: Tensor, views: Tensor, lr: float
+    ) -> tuple[Factors, ...]:
+        """Factors of each image's loss gradient, as the policy wants them.
+
+        Args:
+            hidden_BVH: input of the predictor's last layer, which ``send`` was given.
+            prediction_BVD: its output.
+            target_BVD: what each view's prediction is compared with.
+            loss_B: BYOL loss of each image, with its graph.
+            views: [V, B, C, S, S] of the same images.
+            lr: learning rate of this step, the weight of the current weights in TracInCP.
+        """
+        if self.policy is None or self.gradients_of == "none":
+            return ()
+        layers = [gradient_factors(hidden_BVH, prediction_BVD, target_BVD)]
+        if self.recorder:
+            inputs = self.recorder.hidden()
+            layers += [Factors(*pair) for pair in zip(inputs, self.recorder.deltas(loss_B.sum()), strict=True)]
+        if self.history:
+            layers = [scaled(layers[0], lr), *self.history.gradients(views)]
+            self.own_hidden += [self.exchange.send(layer.hidden) for layer in layers[1:]]
+        if self.policy.normalise:
+            layers = list(normalised(*layers))
+        own, self.own_hidden = self.own_hidden, []
+        return tuple(layer._replace(hidden=hidden) for layer, hidden in zip(layers, own, strict=True))
+
+    def gather(self, rows: Candidates, step: int) -> tuple[Candidates, chain[Block]]:
+        """Everyone's candidates: all columns without their factors, and the blocks that hold them, to be read once.
+
+        The pool's columns come first, in rank order, then those of the queue; the blocks' reading fills the queue.
+        """
+        columns = self.exchange.gather(rows)
+        blocks = self.exchange.blocks(columns)
+        old = self.queue.columns(step) if self.queue else None
+        if self.queue:
+            blocks = self.queue.recording(blocks, step)
+        if old is None:
+            return columns, chain(blocks)
+        first = len(columns.ids)
+        small = [torch.cat((new, past)) for new, past in zip(columns[1:5], old[1:5], strict=True)]
+        return Candidates((), *small), chain([Block(first, old)], blocks)  # scored before it is overwritten
+
+    def choose(self, rows: Candidates, columns: Candidates, blocks: chain[Block], step: int) -> Mined:
+        """The best columns of my rows: [B, k + 1] where the pool has as many, so that the runner-up is known."""
+        k = self.mining.k
+        return choose(
+            self.mining.policy,
+            rows,
+            blocks,
+            seed=self.seed,
+            step=step,
+            exclude_group=self.exclude_group,
+            k=min(k + 1, max(k, len(columns.ids))),
+            chunk=self.mining.chunk,
+        )
+
+    def select(self, best: Mined) -> Mined:
+        """The positives that the loss pulls towards: the k best, less those that ``mining.keep`` drops."""
+        mined = Mined(best.index[:, : self.mining.k].contiguous(), best.score[:, : self.mining.k].contiguous())
+        group, traffic = self.exchange.group, self.traffic
+        if self.mining.keep == "mutual":
+            everyones = collectives.gather(mined.index, traffic, group)
+            return keep_mutual(mined, everyones, group.rank * len(mined.index))
+        if self.mining.keep == "quantile":
+            return keep_above(mined, collectives.gather(mined.score, traffic, group), self.mining.quantile)
+        return mined

@@ -1,0 +1,105 @@
+"""What a run says of itself: sums on the device after each step, one line of metrics.jsonl for many steps, the gallery.
+
+Shape suffixes: B images of this rank, P of all ranks, k mined an image.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tracekin.distributed import collectives
+from tracekin.influence.candidates import Block
+from tracekin.influence.diagnostics import agreement, hit_and_chance, in_degree, score_gap
+from tracekin.influence.policies import choose
+from tracekin.monitor.metrics import Meter, spread
+from tracekin.train.miner import Miner
+from tracekin.train.step import Found, Losses
+
+PHASES = ("online", "target", "mining", "backward", "update")
+
+
+def measure(meter: Meter, losses: Losses, miner: Miner, step: int) -> None:
+    """Add a step's losses and, where something was mined, how well; nothing waits for the device."""
+    meter.add(loss=losses.loss, loss_byol=losses.loss_byol, loss_mined=losses.loss_mined)
+    found = losses.found
+    if found is None:
+        return
+    chosen = (found.mined.index >= 0).any(1)
+    meter.add(num_anchors=float(len(chosen)), num_mined=chosen.sum(), num_positives=(found.mined.index >= 0).sum())
+    most, different = in_degree(collectives.gather(chosen_ids(found)))
+    meter.add(max_in_degree=most, num_distinct=different)
+    if found.best.index.shape[1] > 1:
+        gap = score_gap(found.best.score)
+        meter.add(gap=gap.nansum(), num_gaps=gap.isfinite().sum())
+    if miner.mining.compare != "none":
+        same = agreement(found.best, _other_choice(found, miner, step))
+        meter.add(same=same.nansum(), num_compared=same.isfinite().sum())
+    if found.rows.labels.shape[1]:
+        hits, chance = hit_and_chance(found.mined, found.rows, found.columns, miner.exclude_group)
+        meter.add(hits=hits.nansum(), chance=chance.where(chosen, 0).sum())
+
+
+def line(meter: Meter, losses: Losses, phases: dict[str, float], traffic: int, steps: int, seconds: float) -> Any:
+    """The means of ``steps`` steps that took ``seconds``, as keys of metrics.jsonl; None where nothing applies.
+
+    Args:
+        meter: what ``measure`` filled; it starts anew.
+        losses: of the last step.
+        phases: seconds of each phase over all the steps.
+        traffic: bytes that mining received on this rank over all the steps.
+        steps: number of steps.
+        seconds: wall time of all the steps.
+    """
+    sums = meter.flush()
+    each = steps * collectives.world_size()
+
+    def share(part: str, whole: str) -> float | None:
+        return sums[part] / sums[whole] if sums.get(whole) and part in sums else None
+
+    return {
+        **{key: sums[key] / each for key in ("loss", "loss_byol", "loss_mined")},
+        "hit_rate": share("hits", "num_mined"),
+        "chance_rate": share("chance", "num_mined"),
+        "mined_fraction": share("num_mined", "num_anchors"),
+        "max_in_degree": sums["max_in_degree"] / each if "max_in_degree" in sums else None,
+        # Every rank counted the images of all ranks, but only its own positives.
+        "distinct_fraction": None
+        if (distinct := share("num_distinct", "num_positives")) is None
+        else distinct / collectives.world_size(),
+        "score_gap": share("gap", "num_gaps"),
+        "agreement": share("same", "num_compared"),
+        **spread(collectives.gather(losses.target_BVD)[:, 0]),
+        "data_wait_fraction": phases["data"] / seconds,
+        "step_seconds": seconds / steps,
+        **{f"{phase}_seconds": phases.get(phase, 0.0) / steps for phase in PHASES},
+        "gathered_bytes": traffic // steps,
+    }
+
+
+def gallery_pairs(found: Found, most: int) -> list[list[float]]:
+    """[anchor id, positive id, score] of the whole batch's first positives, at most ``most``; collective.
+
+    Evenly spaced over the batch rather than picked by score, for the report.
+    """
+    ids = collectives.gather(torch.stack((found.rows.ids, chosen_ids(found)[:, 0]), 1)).tolist()
+    scores = collectives.gather(found.mined.score[:, 0]).tolist()
+    mined = [[anchor, other, score] for (anchor, other), score in zip(ids, scores, strict=True) if other >= 0]
+    return mined[:: max(1, len(mined) // most)][:most]
+
+
+def chosen_ids(found: Found) -> Tensor:
+    """[B, k] int64 ids of the positives; -1 where there is none."""
+    return torch.where(found.mined.index >= 0, found.columns.ids[found.mined.index.clamp(min=0)], -1)
+
+
+def _other_choice(found: Found, miner: Miner, step: int) -> Any:
+    return choose(
+        miner.mining.compare,
+        found.rows,
+        [Block(0, found.columns)],
+        seed=miner.seed,
+        step=step,
+        exclude_group=miner.mining.exclude_group,
+        chunk=miner.mining.chunk,
+    )
