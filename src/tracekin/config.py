@@ -306,8 +306,10 @@ class InfluenceConfig:
     """How many of the newest checkpoints are summed; 0 sums all that the run folder holds."""
     exclude_group: bool = True
     """Never name an image of the explained image's own group (patient, lesion)."""
+    draws: int = 1
+    """Pairs of augmented views an image, over which its gradient is the mean; the cost is proportional."""
     seed: int = 0
-    """Seed of the two augmented views of each image."""
+    """Seed of the augmented views."""
     gallery: int = 24
     """Explained images that the HTML page shows, evenly spaced; 0 shows none."""
     batch: int = 256
@@ -316,7 +318,7 @@ class InfluenceConfig:
     """Loader processes."""
 
     def __post_init__(self) -> None:
-        for key in ("k", "batch"):
+        for key in ("k", "draws", "batch"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
         for key in ("checkpoints", "gallery", "workers"):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")

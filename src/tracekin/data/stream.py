@@ -28,7 +28,7 @@ from tracekin.data.manifest import SPLITS, Manifest
 
 @dataclass
 class Batch:
-    """V views of B images; V is 2 or more for pretraining, 1 for evaluation."""
+    """V views of B images; V is 2 or more for pretraining, 1 for evaluation, 2 a draw for influence."""
 
     views: Tensor
     """[V, B, C, S, S] float32, normalised by the manifest's mean and std."""
@@ -132,7 +132,7 @@ def pretrain_batches(
     num_steps_per_epoch(manifest, "train", global_batch)
     reader = ShardReader(manifest, "train")
     rows = partial(plan, len(reader), seed=seed, global_batch=global_batch, share=share, steps=steps)
-    viewed = partial(_random_views, resolve(config.augment), config.image_size, config.channels, seed, views)
+    viewed = partial(_random_views, resolve(config.augment), config.image_size, config.channels, seed, views, (0,))
     collate = partial(_collate, share.stop - share.start, _Format(manifest, config.channels))
     return _load([rows, wds.split_by_worker, partial(_read, reader), viewed, collate, _carry_errors], config.workers)
 
@@ -160,12 +160,14 @@ def augmented_batches(
     seed: int,
     batch: int,
     workers: int,
+    draws: int = 1,
     numbers: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Each sample of a split once, in order, as two augmented views like those of pretraining.
+    """Each sample of a split once, in order, as pairs of augmented views like those of pretraining.
 
-    The last batch may be smaller. Views depend on (seed, split, sample) alone: the split's place in SPLITS stands for
-    the epoch, as samples of equal number in two splits would share crop and colours otherwise.
+    The last batch may be smaller. Views 2d and 2d + 1 are the pair of draw d. They depend on (seed, draw, split,
+    sample) alone: draw and split stand for the epoch, as samples of equal number in two splits would share crop and
+    colours otherwise.
 
     Args:
         manifest: the dataset.
@@ -174,6 +176,7 @@ def augmented_batches(
         seed: of the augmentation.
         batch: samples a batch.
         workers: loader processes.
+        draws: pairs of views a sample.
         numbers: the samples to read, in this order; None reads all.
 
     Raises:
@@ -182,7 +185,8 @@ def augmented_batches(
     reader = ShardReader(manifest, split)
     numbers = range(len(reader)) if numbers is None else numbers
     rows = partial(_in_order, numbers, batch, SPLITS.index(split))
-    viewed = partial(_random_views, resolve(config.augment), config.image_size, config.channels, seed, 2)
+    epochs = range(0, draws * len(SPLITS), len(SPLITS))
+    viewed = partial(_random_views, resolve(config.augment), config.image_size, config.channels, seed, 2, epochs)
     collate = partial(_collate, batch, _Format(manifest, config.channels))
     return _load([rows, wds.split_by_worker, partial(_read, reader), viewed, collate, _carry_errors], workers)
 
@@ -203,11 +207,18 @@ def _read(reader: ShardReader, source: Iterator[Rows]) -> Iterator[Item]:
 
 
 def _random_views(
-    augmentation: Augmentation, image_size: int, channels: int, seed: int, num_views: int, source: Iterator[Item]
+    augmentation: Augmentation,
+    image_size: int,
+    channels: int,
+    seed: int,
+    num_views: int,
+    epochs: Sequence[int],
+    source: Iterator[Item],
 ) -> Iterator[Viewed]:
+    """``num_views`` for each of ``epochs``, which count from the item's own."""
     for epoch, number, sample in source:
         one = partial(view, sample.image, augmentation, image_size=image_size, channels=channels)
-        views = [one(seed=seed, epoch=epoch, sample=number, view=v) for v in range(num_views)]
+        views = [one(seed=seed, epoch=epoch + e, sample=number, view=v) for e in epochs for v in range(num_views)]
         yield Viewed(number, sample.label, sample.group, views)
 
 
