@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import policy_causes, policy_measures, policy_study
+from benchmarks import policy_causes, policy_measures, policy_study, policy_tables
 from tests.data.tiny import make_dataset
 from tests.train.tiny_run import tiny_backbone
 from tracekin import checkpoint
@@ -222,7 +222,7 @@ def test_the_preferred_policy_leads_late_and_sees_no_label() -> None:
     ("value", "text"), [(0.3671, ".367"), (-0.25, "-.250"), (1.0, "1.00"), (12.0, "12.0"), (0.9999, "1.00"), (NAN, "-")]
 )
 def test_short_numbers(value: float, text: str) -> None:
-    assert policy_study.short(value) == text
+    assert policy_tables.short(value) == text
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +267,7 @@ def test_the_whole_study(run_folder: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert [line for line in table if len(line) > 80] == []
     found = json.loads(last)
     assert found["epochs"] == [1, 2]
-    assert set(found["policies"]) == set(policy_study.DEFAULT)
+    assert set(found["policies"]) == set(policy_study.NAMES)
     # Two ways to the same score, the registry's and the Gram matrices'.
     for policy, matrix in (("tracin", "tracin"), ("tracin_cosine", "no |g|")):
         for key in ("hit", "macro", "degree", "distinct", "masked"):
