@@ -5,20 +5,21 @@ and labels are drawn once, and each step puts its own rows among them. So the ar
 cost of gathering the pool over a network is not.
 """
 
+from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.nn import functional as F
 
 from benchmarks.steps import NUM_CLASSES, Step, build_step, compare_with_plain, mined_term_seconds
 from tracekin.config import Config
-from tracekin.distributed.collectives import Traffic
 from tracekin.distributed.world import World
+from tracekin.influence.candidates import Block, Candidates
 from tracekin.influence.gradients import Factors
-from tracekin.influence.policies import Candidates
 from tracekin.monitor.metrics import Clock
-from tracekin.train.loop import PHASES
+from tracekin.train.exchange import Exchange
+from tracekin.train.miner import Miner
+from tracekin.train.record import PHASES
 
 
 def throughput(
@@ -43,21 +44,16 @@ def throughput(
     """
     device = torch.device(device_name)
     torch.backends.cudnn.benchmark = True  # as the training loop does
-    step = build_step(config, device, World())
     rows = config.train.global_batch
     pool = synthetic_pool(config, pool_ranks, device)
-
-    def among_others(mine: Candidates, traffic: Traffic) -> Candidates:
-        return put_rows(mine, pool)
-
-    with mock.patch("tracekin.train.step.gather_candidates", among_others):
-        found = compare_with_plain(step, policies, device, budget=budget, most_pairs=most_pairs)
-        memory = {policy: peak_bytes(step, policy, device) for policy in ("none", policies[0])}
+    step = build_step(config, device, World(), lambda miner: AmongOthers(miner, pool))
+    found = compare_with_plain(step, policies, device, budget=budget, most_pairs=most_pairs)
+    memory = {policy: peak_bytes(step, policy, device) for policy in ("none", policies[0])}
     headline = found[policies[0]]
     return {
         "rows": rows,
         "pool": pool_ranks * rows,
-        "pool_bytes": sum(tensor.nbytes for tensor in [*pool.factors, pool.target]),  # type: ignore[misc]
+        "pool_bytes": sum(tensor.nbytes for tensor in [*pool.factors[0], pool.target]),
         "policies": {policy: _figures(one, rows) for policy, one in found.items()},
         "share_of_step": {
             "none": _shares(headline["plain_phases"], headline["plain"]["median"]),
@@ -74,16 +70,16 @@ def throughput(
 
 
 def synthetic_pool(config: Config, pool_ranks: int, device: torch.device) -> Candidates:
-    """What a gather over ``pool_ranks`` ranks would hold: [2, pool, width] fp32 factors and targets, ids and labels."""
+    """What a gather over ``pool_ranks`` ranks would hold: [pool, 2, width] fp32 factors and targets, ids and labels."""
     columns = pool_ranks * config.train.global_batch
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(width: int) -> torch.Tensor:
-        return torch.randn(2, columns, width, device=device, generator=generator)
+        return torch.randn(columns, 2, width, device=device, generator=generator)
 
     ids = torch.arange(columns, device=device)
     return Candidates(
-        Factors(normal(config.model.predictor_hidden).relu_(), normal(config.model.projection)),
+        (Factors(normal(config.model.predictor_hidden).relu_(), normal(config.model.projection)),),
         normal(config.model.projection),
         ids,
         ids // 2,
@@ -91,15 +87,26 @@ def synthetic_pool(config: Config, pool_ranks: int, device: torch.device) -> Can
     )
 
 
-@torch.no_grad()
-def put_rows(mine: Candidates, pool: Candidates) -> Candidates:
-    """The pool with my rows as its first columns, written in place."""
-    rows = mine.target.shape[1]
-    assert pool.factors is not None
-    pool.target[:, :rows] = mine.target
-    for of_pool, of_mine in zip(pool.factors, mine.factors or (), strict=mine.factors is not None):
-        of_pool[:, :rows] = of_mine
-    return pool
+class AmongOthers(Exchange):
+    """An exchange whose pool is there already; my rows become its first columns, written in place."""
+
+    def __init__(self, miner: Miner, pool: Candidates) -> None:
+        super().__init__(miner.mining, miner.exchange.group)
+        self.pool = pool
+        self.own: tuple[Factors, ...] = ()
+
+    @torch.no_grad()
+    def gather(self, rows: Candidates) -> Candidates:
+        self.own, num_rows = rows.factors, len(rows.ids)
+        self.pool.target[:num_rows] = rows.target
+        return self.pool._replace(factors=())
+
+    @torch.no_grad()
+    def blocks(self, columns: Candidates) -> Iterator[Block]:
+        self.hidden = []
+        for pool, own in zip(self.pool.factors, self.own, strict=False):
+            pool.hidden[: len(own.hidden)], pool.delta[: len(own.delta)] = own.hidden, own.delta
+        yield Block(0, columns._replace(factors=self.pool.factors[: len(self.own)]))
 
 
 def peak_bytes(step: Step, policy: str, device: torch.device) -> int | None:

@@ -37,19 +37,19 @@ def errors(views: int, images: int, hidden: int, out: int, cosine: float, seed: 
         for parameter in predictor.parameters():
             parameter.normal_(std=out**-0.5, generator=generator)
         inputs = torch.randn(views, images, out, generator=generator)
-        h_VBH = torch.stack([predictor[:3](view) for view in inputs])
-        p_VBD = predictor[3](h_VBH)
-        t_VBD = target_at(p_VBD, cosine, generator)
-        factors = gradient_factors(h_VBH, p_VBD, t_VBD)
+        h_BVH = torch.stack([predictor[:3](view) for view in inputs], 1)
+        p_BVD = predictor[3](h_BVH)
+        t_BVD = target_at(p_BVD, cosine, generator)
+        factors = gradient_factors(h_BVH, p_BVD, t_BVD)
         scores = pairwise_tracin(factors, factors)
-    given = autograd_influence(predictor[3], h_VBH, t_VBD, p_VBD)
-    recomputed = autograd_influence(predictor[3], h_VBH, t_VBD)
+    given = autograd_influence(predictor[3], h_BVH, t_BVD, p_BVD)
+    recomputed = autograd_influence(predictor[3], h_BVH, t_BVD)
     same, forward = (float((scores - exact).abs().max() / exact.abs().max()) for exact in (given, recomputed))
     return same, forward
 
 
 def target_at(prediction: Tensor, cosine: float, generator: torch.Generator) -> Tensor:
-    """fp32 targets of random length and direction at this cosine to their predictions [V, B, D], D > 1."""
+    """fp32 targets of random length and direction at this cosine to their predictions [B, V, D], D > 1."""
     p = F.normalize(prediction.double(), dim=-1)
     other = torch.randn(p.shape, generator=generator, dtype=torch.float64)
     other = F.normalize(other - (other * p).sum(-1, keepdim=True) * p, dim=-1)
@@ -63,16 +63,16 @@ def autograd_influence(last: nn.Module, hidden: Tensor, target: Tensor, predicti
 
     Args:
         last: the Linear layer.
-        hidden: [V, B, H].
-        target: [V, B, D].
-        prediction: [V, B, D] values that the layer's output takes; None computes them in float64.
+        hidden: [B, V, H].
+        target: [B, V, D].
+        prediction: [B, V, D] values that the layer's output takes; None computes them in float64.
     """
     last, hidden, target = copy.deepcopy(last).double(), hidden.double(), target.double()
     gradients = []
-    for image, (h_VH, t_VD) in enumerate(zip(hidden.unbind(1), target.unbind(1), strict=True)):
+    for image, (h_VH, t_VD) in enumerate(zip(hidden, target, strict=True)):
         p_VD = last(h_VH)
         if prediction is not None:
-            p_VD = p_VD + (prediction[:, image] - p_VD).detach()
+            p_VD = p_VD + (prediction[image] - p_VD).detach()
         loss = (2 - 2 * F.cosine_similarity(p_VD, t_VD, dim=-1)).sum()
         parts = torch.autograd.grad(loss, list(last.parameters()))
         gradients.append(torch.cat([part.flatten() for part in parts]))

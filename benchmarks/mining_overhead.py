@@ -1,13 +1,15 @@
-"""Mining adds <= 5 % to the step of plain BYOL: ResNet-18, 64 px, global batch 256, 2 CPU ranks, for every policy.
+"""Mining adds <= 3 % to the step of plain BYOL: ResNet-18, 64 px, global batch 256, 2 CPU ranks.
 
     python -m benchmarks.mining_overhead [key=value ...]
 
 Two ranks of one thread each train through DeepSpeed in bf16, as the default configuration says, on a synthetic batch.
 Steps without and with mining alternate on the same engine; `ratio` is the median of mined over plain in each pair, and
-exit code 1 says that some ratio exceeds the bound. `estimate` hardly sees the machine's noise: 1 + (median seconds of
-the mining phase + those of the mined loss term) / median seconds of the plain step; the phase includes waiting for the
-other rank. `monitoring` is the share of what the training loop computes for its log beside each mined step.
-The machine should do nothing else: about three minutes on 2 cores.
+exit code 1 says that for one of the policies in `bounded` it exceeds the bound; of the costlier policies (several
+layers, older checkpoints, two scores) the price is printed. `estimate` hardly sees the machine's noise: 1 + (median
+seconds of the mining phase + those of the mined loss term) / median seconds of the plain step; the phase includes
+waiting for the other rank, but not what the hidden activations cost while they travel beside the target network.
+`monitoring` is the share of what the training loop computes for its log beside each mined step.
+The machine should do nothing else: about nine minutes on 2 cores.
 """
 
 import sys
@@ -21,10 +23,12 @@ from benchmarks.steps import build_step, compare_with_plain, mined_term_seconds
 from tracekin.config import Config, Policy, UserError, load
 from tracekin.distributed import collectives
 from tracekin.distributed.world import World
-from tracekin.influence.diagnostics import hit_and_chance, in_degree
+from tracekin.influence.diagnostics import hit_and_chance, in_degree, score_gap
 from tracekin.monitor.metrics import Clock
+from tracekin.train.record import chosen_ids
 
-BOUND = 1.05
+BOUND = 1.03
+BOUNDED = ("tracin", "tracin_cosine", "feature", "random", "oracle")
 RANKS = 2
 POLICIES = tuple(policy for policy in get_args(Policy) if policy != "none")
 CPU = torch.device("cpu")
@@ -47,8 +51,10 @@ def measure(rank: int, config: Config, budget: float, most_pairs: int, threads: 
 
 def _monitor(losses: Any, config: Config) -> None:
     """What the training loop computes beside a mined step."""
-    hit_and_chance(losses.mined, losses.rows, losses.pool, config.mining.exclude_group)
-    in_degree(collectives.gather(losses.mined.index[:, 0]), len(losses.pool.ids))
+    found = losses.found
+    hit_and_chance(found.mined, found.rows, found.columns, config.mining.exclude_group)
+    in_degree(collectives.gather(chosen_ids(found)))
+    score_gap(found.best.score)
 
 
 def summarise(found: dict[str, Any]) -> dict[str, Any]:
@@ -64,9 +70,11 @@ def summarise(found: dict[str, Any]) -> dict[str, Any]:
         "pair_ratio": {policy: one["pair_ratio"] for policy, one in policies.items()},
         "monitoring": found["monitoring_seconds"] / plain["tracin"],
         "estimate": {policy: 1 + (mining[policy] + term) / plain[policy] for policy in policies},
-        "ratio": ratio,
+        "price": {policy: value for policy, value in ratio.items() if policy not in BOUNDED},
+        "bounded": [policy for policy in BOUNDED if policy in ratio],
         "bound": BOUND,
-        "holds": all(value <= BOUND for value in ratio.values()),
+        "holds": all(value <= BOUND for policy, value in ratio.items() if policy in BOUNDED),
+        "ratio": ratio,
     }
 
 
@@ -74,7 +82,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.set_defaults(threads=1)
     parser.add_argument("--pairs", type=int, default=25, help="most pairs of steps a policy (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=120, help="for all pairs together (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=480, help="for all pairs together (%(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the default configuration")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

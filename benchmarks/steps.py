@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from statistics import median
 from typing import Any
 
@@ -16,6 +17,8 @@ from tracekin.distributed.world import World
 from tracekin.model.byol import Online, Target, byol_loss
 from tracekin.monitor.metrics import Clock
 from tracekin.train.engine import build_engine, preflight, set_lr
+from tracekin.train.exchange import Exchange
+from tracekin.train.miner import Miner
 from tracekin.train.step import Losses, train_step
 
 NUM_CLASSES = 5
@@ -25,8 +28,17 @@ Step = Callable[[str, Clock], Losses]
 """One optimiser step with the mining policy named; the clock times its phases."""
 
 
-def build_step(config: Config, device: torch.device, world: World) -> Step:
-    """The step of ``config`` on one synthetic batch, every policy on the same engine. A process group must exist."""
+def build_step(
+    config: Config, device: torch.device, world: World, exchange: Callable[[Miner], Exchange] | None = None
+) -> Step:
+    """The step of ``config`` on one synthetic batch, every policy on the same engine. A process group must exist.
+
+    Args:
+        config: of the run.
+        device: where it runs.
+        world: this process's place.
+        exchange: replaces each miner's exchange, to simulate other ranks.
+    """
     preflight(device)
     torch.manual_seed(config.seed)
     online = Online(config.model, config.data.channels, config.train.precision == "bf16").to(device)
@@ -36,18 +48,27 @@ def build_step(config: Config, device: torch.device, world: World) -> Step:
     set_lr(engine, LR)
     batch = synthetic_batch(config, world).to(device)
 
+    @cache
+    def miner(policy: str) -> Miner:
+        found = Miner(replace(config.mining, policy=policy), online, config.seed, world.local_size)  # type: ignore[arg-type]
+        if found.history:  # as after a few epochs
+            for _ in range(config.mining.checkpoints):
+                found.history.remember(online, target, LR)
+        if exchange and found.policy:
+            found.exchange = exchange(found)
+        return found
+
     def step(policy: str, clock: Clock) -> Losses:
         return train_step(
             engine,
             target,
             batch,
-            replace(config.mining, policy=policy),  # type: ignore[arg-type]
+            miner(policy),
             tau=config.objective.tau_base,
             weight=config.mining.weight,
-            seed=config.seed,
             step=0,
+            lr=LR,
             clock=clock,
-            traffic=collectives.Traffic(),
         )
 
     return step
@@ -115,13 +136,13 @@ def compare_with_plain(
 
 def mined_term_seconds(images: int, pool: int, width: int, device: torch.device, repeats: int = 15) -> float:
     """Seconds of what mining adds outside its own phase: the loss towards the mined positives and its backward pass."""
-    prediction_VBD = torch.randn(2, images, width, device=device, requires_grad=True)
-    target_VPD = torch.randn(2, pool, width, device=device)
+    prediction_BVD = torch.randn(images, 2, width, device=device, requires_grad=True)
+    target_PVD = torch.randn(pool, 2, width, device=device)
     mined_B = torch.randint(pool, (images,), device=device)
 
     def term() -> None:
-        positive_VBD = target_VPD.flip(0)[:, mined_B.clamp(min=0)]
-        (byol_loss(prediction_VBD, positive_VBD) * (mined_B >= 0)).mean().backward()
+        positive_BVD = target_PVD[mined_B.clamp(min=0)].flip(1)
+        (byol_loss(prediction_BVD, positive_BVD) * (mined_B >= 0)).mean().backward()
 
     term()
     return median(seconds(term) for _ in range(repeats))

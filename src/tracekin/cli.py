@@ -4,12 +4,13 @@ Exit codes: 0 done, 1 program error, 2 the user's mistake, 130 interrupted.
 """
 
 import sys
+import textwrap
 from pathlib import Path
 
 import click
 
 from tracekin import __version__
-from tracekin.config import Config, EvaluateConfig, UserError, load
+from tracekin.config import Config, EvaluateConfig, InfluenceConfig, UserError, load
 
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
@@ -75,6 +76,33 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
     click.echo(f"written: {out / 'summary.json'} {out / 'index.html'}")
 
 
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@OVERRIDES
+@click.option("--split", default="val", show_default=True, help="Split of the images to explain: train, val or test.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Parquet file; its page is beside it.")
+def influence(run: Path, overrides: tuple[str, ...], split: str, out: Path) -> None:
+    """Name the training images that speak for and against images of RUN.
+
+    For each image of a split: the training images whose loss gradients agree most
+    with its own (proponents) and those most opposed (opponents), summed over the
+    run's checkpoints (TracInCP). Writes a Parquet table, and beside it an HTML page
+    of the pictures. Keys: InfluenceConfig in tracekin/config.py; for example k=20
+    images=KEY,KEY normalise=false.
+    """
+    config = load(InfluenceConfig, None, overrides)
+    _require_run(run)
+    _require_new(out)
+
+    from tracekin.evaluate.influence import find_influences, prepare
+    from tracekin.evaluate.influence_table import write_influences
+
+    study = prepare(run, split, config)
+    for sentence in write_influences(study, find_influences(study), out):
+        click.echo(textwrap.fill(sentence, 80))
+    click.echo(f"written: {out} {out.with_suffix('.html')}")
+
+
 def _split(arguments: tuple[str, ...]) -> tuple[list[Path], list[str]]:
     runs = [Path(argument) for argument in arguments if "=" not in argument]
     if not runs:
@@ -86,6 +114,16 @@ def _require_run(run: Path) -> None:
     if not (run / "config.yaml").is_file():
         near = ", ".join(sorted(str(p.parent) for p in run.parent.glob("*/config.yaml"))[:8])
         raise UserError(f"{run} is no run folder (it has no config.yaml).{f' Beside it are: {near}.' if near else ''}")
+
+
+def _require_new(out: Path) -> None:
+    if out.suffix != ".parquet":
+        raise UserError(f"--out {out} must end in .parquet; the HTML page gets the same name with .html.")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first.")
+    for path in (out, out.with_suffix(".html")):
+        if path.exists():
+            raise UserError(f"{path} is there already; remove it or name another file with --out.")
 
 
 def _speaks_for_its_node() -> bool:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import torch
 
-from tests.train.tiny_run import BATCH, global_batch, mining, networks, rows_of
+from tests.train.tiny_run import BATCH, global_batch, miner, networks, rows_of
 from tracekin.config import ModelConfig, OptimiserConfig, Policy, TrainConfig
 from tracekin.data.stream import Batch
 from tracekin.distributed import collectives
@@ -40,7 +40,7 @@ def losses_and_gradient(
 ) -> dict[str, Any]:
     """Loss, whole gradient and positives of one step on ``device``, brought to the CPU."""
     online, target = online.to(device), target.to(device)
-    losses = byol_with_mined_positives(online, target, batch.to(device), mining(policy), **context(device))
+    losses = byol_with_mined_positives(online, target, batch.to(device), miner(online, policy), **context(device))
     losses.loss.backward()
     return {**described(losses), "gradient": flat_gradient(online)}
 
@@ -92,7 +92,7 @@ def engine_step(world: World, device: torch.device, policy: str, stage: int) -> 
     train = TrainConfig(global_batch=BATCH, zero_stage=stage, precision="fp32")  # type: ignore[arg-type]
     engine = build_engine(online, OptimiserConfig(), train, world)
     batch = rows_of(global_batch(torch.float32), world).to(device)
-    losses = byol_with_mined_positives(engine, target, batch, mining(policy), **context(device))
+    losses = byol_with_mined_positives(engine, target, batch, miner(online, policy), **context(device))
     engine.backward(losses.loss)
     gradient = torch.cat([safe_get_full_grad(p).flatten() for p in online.parameters()]).cpu()
     one = described(losses)
@@ -104,7 +104,7 @@ def engine_step(world: World, device: torch.device, policy: str, stage: int) -> 
 
 def described(losses: Losses) -> dict[str, Any]:
     """On the CPU: this rank's loss, and every rank's positives."""
-    index = collectives.gather(losses.mined.index[:, 0]).cpu() if losses.mined else torch.empty(0)
+    index = collectives.gather(losses.found.mined.index[:, 0]).cpu() if losses.found else torch.empty(0)
     return {"loss": losses.loss.detach().cpu(), "index": index}
 
 
@@ -113,7 +113,7 @@ def flat_gradient(online: Online) -> torch.Tensor:
 
 
 def context(device: torch.device) -> dict[str, Any]:
-    return {"weight": 0.25, "seed": 0, "step": 5, "clock": Clock(device), "traffic": collectives.Traffic()}
+    return {"weight": 0.25, "step": 5, "lr": 0.1, "clock": Clock(device)}
 
 
 def relative(found: torch.Tensor, truth: torch.Tensor) -> float:

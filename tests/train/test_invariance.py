@@ -6,33 +6,65 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.train.tiny_run import BATCH, context, global_batch, mining, networks, rows_of
+from tests.train.tiny_run import BATCH, context, global_batch, miner, networks, rows_of
 from tracekin.config import OptimiserConfig, Policy, TrainConfig
 from tracekin.distributed import collectives
 from tracekin.distributed.world import World
-from tracekin.influence.policies import choose
-from tracekin.train.step import byol_with_mined_positives
+from tracekin.train.miner import Miner
+from tracekin.train.step import Losses, byol_with_mined_positives
 
 POLICIES = get_args(Policy)
+# Every policy at its defaults, and everything else that mining can be told, each once.
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{policy: {"policy": policy} for policy in POLICIES},
+    "k": {"policy": "tracin_cosine", "k": 3},
+    "mutual": {"policy": "tracin_cosine", "keep": "mutual", "k": 2},
+    "quantile": {"policy": "tracin", "keep": "quantile", "quantile": 0.6},
+    "bf16": {"policy": "tracin_cosine", "transport": "bf16"},
+    "sketch": {"policy": "tracin_cosine", "sketch_dim": 5},
+    "ring": {"policy": "tracin", "ring_above": 0, "k": 2},
+    "ring_ghost_sketch": {"policy": "ghost_cosine", "ring_above": 1, "sketch_dim": 5},
+    "queue": {"policy": "tracin_cosine", "queue": 40, "queue_half_life": 3.0},
+    "queue_ring_bf16": {"policy": "agreement", "queue": 25, "ring_above": 0, "transport": "bf16"},
+    "queue_group": {"policy": "group", "queue": 32},
+    "support": {"policy": "fnc", "support_views": 2},
+}
+SHARED_TRAINING = ("none", "tracin", "tracin_cosine", "ghost", "feature", "oracle")
 WORLDS = (2, 4)
 STAGES = (0, 1, 2)
+STEP = 5
+
+
+def mined_step(online: Any, target: Any, world: World, variant: str, dtype: torch.dtype) -> tuple[Losses, Miner]:
+    """The step's losses after two steps that the queue, if any, remembers, and two checkpoints in the past."""
+    mining = VARIANTS[variant]
+    found = miner(online, **mining)
+    if found.history:
+        for seed in (7, 8):
+            found.history.remember(*networks(dtype, seed), lr=0.1 * seed)
+    views = 2 + mining.get("support_views", 0)
+    for step in range(STEP - 2 if found.queue else STEP, STEP + 1):
+        batch = rows_of(global_batch(dtype, seed=step, views=views), world)
+        losses = byol_with_mined_positives(online, target, batch, found, **context(step))
+    return losses, found
 
 
 def plain_step(rank: int, world_size: int) -> dict[str, dict[str, torch.Tensor]]:
     """Loss, gradient and positives of the global batch in float64, without DeepSpeed."""
     world = World(rank, world_size, rank, world_size)
     results = {}
-    for policy in POLICIES:
+    for variant in VARIANTS:
         online, target = networks(torch.float64)
-        batch = rows_of(global_batch(torch.float64), world)
-        losses = byol_with_mined_positives(online, target, batch, mining(policy), **context())
+        losses, found = mined_step(online, target, world, variant, torch.float64)
         losses.loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in online.parameters()])
-        results[policy] = {
+        queue = found.queue.state() if found.queue else {}
+        results[variant] = {
             "loss": collectives.total(losses.loss) / world_size,
             "gradient": collectives.total(gradient) / world_size,
             "buffers": torch.cat([b.double().flatten() for net in (online, target) for b in net.buffers()]),
-            "index": collectives.gather(losses.mined.index[:, 0]) if losses.mined else torch.empty(0),
+            "index": collectives.gather(losses.found.mined.index) if losses.found else torch.empty(0),
+            "queue": torch.cat([torch.empty(0), *(queue[name].double().flatten() for name in sorted(queue))]),
         }
     return results
 
@@ -43,27 +75,31 @@ def plain() -> dict[int, Any]:
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
-@pytest.mark.parametrize("policy", POLICIES)
-def test_ranks_equal_one_process_in_float64(plain: dict[int, Any], policy: str, world_size: int) -> None:
-    one, many = plain[1][policy], plain[world_size][policy]
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ranks_equal_one_process_in_float64(plain: dict[int, Any], variant: str, world_size: int) -> None:
+    one, many = plain[1][variant], plain[world_size][variant]
     assert torch.equal(many["index"], one["index"])
     assert abs(many["loss"] - one["loss"]) <= 1e-10 * abs(one["loss"])
     assert torch.linalg.vector_norm(many["gradient"] - one["gradient"]) <= 1e-10 * torch.linalg.vector_norm(
         one["gradient"]
     )
     assert torch.allclose(many["buffers"], one["buffers"], rtol=1e-10, atol=1e-12)
+    assert torch.allclose(many["queue"], one["queue"], rtol=1e-10, atol=1e-12)
 
 
 def test_the_comparison_is_not_blind(plain: dict[int, Any]) -> None:
-    """The policies differ in what they choose and in their gradients, and every one but none mines something."""
-    chosen = {policy: tuple(plain[1][policy]["index"].tolist()) for policy in POLICIES if policy != "none"}
-    assert len(set(chosen.values())) >= 4
-    assert all(max(index) >= 0 for index in chosen.values())
+    """The variants differ in what they choose and in their gradients, and every one but none mines something."""
+    chosen = {name: tuple(plain[1][name]["index"].flatten().tolist()) for name in VARIANTS if name != "none"}
+    # A group's mates come one to an image here; the ring and bf16 exchange nothing but the same scores.
+    assert len(set(chosen.values())) >= len(chosen) - 3
+    assert {name for name in chosen if max(chosen[name]) < 0} == set()
+    assert min(chosen["mutual"]) == min(chosen["quantile"]) == -1
+    assert all(max(chosen[name]) >= BATCH for name in ("queue", "queue_ring_bf16", "queue_group"))
     assert not torch.allclose(plain[1]["none"]["gradient"], plain[1]["tracin"]["gradient"])
 
 
 def engine_step(rank: int, world_size: int) -> dict[str, Any]:
-    """Gradient, positives and scores of the global batch through DeepSpeed in fp32, for every policy and stage."""
+    """Gradient, positives and scores of the global batch through DeepSpeed in fp32, for several policies and stages."""
     from deepspeed.utils import safe_get_full_grad
 
     from tracekin.train.engine import build_engine
@@ -71,21 +107,19 @@ def engine_step(rank: int, world_size: int) -> dict[str, Any]:
     world = World(rank, world_size, rank, world_size)
     results: dict[str, Any] = {}
     for stage in STAGES:
-        for policy in POLICIES:
+        for policy in SHARED_TRAINING:
             online, target = networks(torch.float32)
             train = TrainConfig(global_batch=BATCH, zero_stage=stage, precision="fp32")  # type: ignore[arg-type]
             engine = build_engine(online, OptimiserConfig(), train, world)
-            losses = byol_with_mined_positives(
-                engine, target, rows_of(global_batch(torch.float32), world), mining(policy), **context()
-            )
+            batch = rows_of(global_batch(torch.float32, seed=STEP), world)
+            losses = byol_with_mined_positives(engine, target, batch, miner(online, policy), **context(STEP))
             engine.backward(losses.loss)
             gradient = torch.cat([safe_get_full_grad(p).flatten() for p in online.parameters()])
             entry = {"gradient": gradient, "loss": collectives.total(losses.loss) / world_size}
-            if losses.mined and losses.rows and losses.pool:
-                entry |= {"index": collectives.gather(losses.mined.index[:, 0])}
-                two = choose(policy, losses.rows, losses.pool, seed=0, step=5, exclude_group=True, k=2).score
-                gap = (two[:, 0] - two[:, 1]) / two.abs().max()
-                entry |= {"gap": collectives.gather(gap)}
+            if losses.found:
+                score = losses.found.best.score
+                gap = (score[:, 0] - score[:, 1]) / score.abs().max()
+                entry |= {"index": collectives.gather(losses.found.mined.index), "gap": collectives.gather(gap)}
             results[f"{policy}/{stage}"] = entry
     return results
 
@@ -101,14 +135,14 @@ def test_ranks_equal_one_process_through_deepspeed(
     engines: dict[int, Any], plain: dict[int, Any], world_size: int, stage: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     moved = undecided = 0
-    for policy in POLICIES:
+    for policy in SHARED_TRAINING:
         one, many = engines[1][f"{policy}/0"], engines[world_size][f"{policy}/{stage}"]
         error = torch.linalg.vector_norm(many["gradient"] - one["gradient"]) / torch.linalg.vector_norm(one["gradient"])
         assert error <= 1e-4, (policy, float(error))
         truth = plain[1][policy]["gradient"]
         assert torch.linalg.vector_norm(many["gradient"] - truth) <= 1e-3 * torch.linalg.vector_norm(truth)
         if policy != "none":
-            differs, close = many["index"] != one["index"], one["gap"] < 1e-5
+            differs, close = (many["index"] != one["index"])[:, 0], one["gap"] < 1e-5
             assert not (differs & ~close).any(), policy
             moved, undecided = moved + int(differs.sum()), undecided + int(close.sum())
     with capsys.disabled():
@@ -130,7 +164,7 @@ def updates(rank: int, world_size: int) -> dict[str, dict[str, torch.Tensor]]:
             for step in range(3):
                 set_lr(engine, lr)
                 batch = rows_of(global_batch(torch.float32, seed=step), world)
-                train_step(engine, target, batch, mining("tracin"), tau=0.9, **context(step))
+                train_step(engine, target, batch, miner(online, "tracin"), tau=0.9, **context(step))
             state = optimiser_tensors(engine)
             results[f"{name}/{stage}"] = {
                 "weights": torch.cat([p.detach().flatten() for p in online.parameters()]),

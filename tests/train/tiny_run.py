@@ -2,17 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from tracekin.config import MiningConfig, ModelConfig
 from tracekin.data.stream import Batch
-from tracekin.distributed.collectives import Traffic
 from tracekin.distributed.world import World
 from tracekin.model import byol
 from tracekin.model.batch_norm import convert_batch_norms
 from tracekin.monitor.metrics import Clock
+from tracekin.train.miner import Miner
 
 MODEL = ModelConfig(projector_hidden=24, projection=8, predictor_hidden=16)
 BATCH = 16
@@ -57,11 +58,12 @@ def networks(dtype: torch.dtype, seed: int = 0) -> tuple[byol.Online, byol.Targe
     return online.to(dtype), target.to(dtype)  # drawn in one dtype, so that all dtypes start from the same numbers
 
 
-def global_batch(dtype: torch.dtype, seed: int = 1) -> Batch:
+def global_batch(dtype: torch.dtype, seed: int = 1, views: int = 2) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     label = torch.nn.functional.one_hot(torch.arange(BATCH) % 3, 3).float()
-    views = torch.randn(2, BATCH, 3, 12, 12, generator=generator, dtype=torch.float64).to(dtype)
-    return Batch(views=views, index=torch.arange(BATCH) * 7 + 3, group=torch.arange(BATCH) // 2, label=label)
+    viewed = torch.randn(views, BATCH, 3, 12, 12, generator=generator, dtype=torch.float64).to(dtype)
+    ids = 1000 * seed + torch.arange(BATCH) * 7 + 3  # other images of the same groups for every seed
+    return Batch(views=viewed, index=ids, group=torch.arange(BATCH) // 2, label=label)
 
 
 def rows_of(batch: Batch, world: World) -> Batch:
@@ -72,8 +74,8 @@ def rows_of(batch: Batch, world: World) -> Batch:
 
 
 def context(step: int = 5) -> dict[str, object]:
-    return {"weight": 0.25, "seed": 0, "step": step, "clock": Clock(CPU), "traffic": Traffic()}
+    return {"weight": 0.25, "step": step, "lr": 0.1, "clock": Clock(CPU)}
 
 
-def mining(policy: str) -> MiningConfig:
-    return MiningConfig(policy=policy)  # type: ignore[arg-type]
+def miner(online: byol.Online, policy: str, local_size: int = 1, **mining: Any) -> Miner:
+    return Miner(MiningConfig(policy=policy, **mining), online, 0, local_size)  # type: ignore[arg-type]

@@ -30,9 +30,12 @@ from tracekin.data.stream import Batch, augmented_batches
 from tracekin.evaluate.summary import read_metrics
 from tracekin.influence.candidates import Candidates, Pool
 from tracekin.influence.gradients import Factors, gradient_factors, normalised
-from tracekin.influence.mining import Best, Mined
+from tracekin.influence.mining import Best, Mined, chunks
 from tracekin.influence.policies import tracin
 from tracekin.model.byol import Online, Target
+
+BLOCK = 2**26
+"""Products of views that are held at a time, 4 bytes each, twice."""
 
 
 class Weighed(NamedTuple):
@@ -119,7 +122,7 @@ def find_influences(study: Study, *, progress: bool = True) -> Influences:
     """Search the split ``study.config.against`` for each explained image's proponents and opponents.
 
     Held in memory: the networks of all checkpoints, and the gradient factors of the explained images, V (H + D) floats
-    an image and checkpoint (35 kB at the default widths). The images that are searched pass by in batches.
+    an image and checkpoint (35 kB a draw at the default widths). The images that are searched pass by in batches.
 
     Args:
         study: what ``prepare`` returned.
@@ -142,6 +145,7 @@ def find_influences(study: Study, *, progress: bool = True) -> Influences:
                 seed=config.seed,
                 batch=config.batch,
                 workers=config.workers,
+                draws=config.draws,
                 numbers=numbers,
             )
             for batch in batches:
@@ -161,9 +165,11 @@ def _search(rows: Candidates, batches: Iterator[Candidates], study: Study) -> In
     searched: list[Candidates] = []
     start = 0
     for columns in batches:
-        score_RC = tracin.score(Pool(rows, columns, 0, 0))(slice(0, len(columns.ids)))
-        for best, signed_RC in ((proponents, score_RC), (opponents, -score_RC)):
-            _add(best, signed_RC, columns, start, config.exclude_group)
+        score = tracin.score(Pool(rows, columns, 0, 0))
+        for part in chunks(len(columns.ids), max(1, BLOCK // (len(rows.ids) * (2 * config.draws) ** 2))):
+            score_RC = score(part)
+            for best, signed_RC in ((proponents, score_RC), (opponents, -score_RC)):
+                _add(best, signed_RC, columns.part(part), start + part.start, config.exclude_group)
         searched.append(columns._replace(factors=()))
         start += len(columns.ids)
     rows = rows._replace(factors=())
@@ -180,8 +186,11 @@ def _candidates(networks: Sequence[Networks], batch: Batch, normalise: bool) -> 
     layers = []
     for online, target, weight in networks:
         hidden_BVH, prediction_BVD = online(batch.views)
-        factors = gradient_factors(hidden_BVH, prediction_BVD, target(batch.views).flip(1))
-        layers.append(Factors(factors.hidden, factors.delta * math.sqrt(weight)))
+        target_BVD = target(batch.views)
+        other_BVD = target_BVD.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)  # the other view's of the same draw
+        factors = gradient_factors(hidden_BVH, prediction_BVD, other_BVD)
+        num_draws = len(batch.views) // 2
+        layers.append(Factors(factors.hidden, factors.delta * (math.sqrt(weight) / num_draws)))
     none = batch.views.new_empty(len(batch.index), 0, 0)  # no score here reads the targets
     return Candidates(normalised(*layers) if normalise else tuple(layers), none, batch.index, batch.group, batch.label)
 
@@ -237,6 +246,6 @@ def _numbers(manifest: Manifest, split: str, images: str) -> Sequence[int]:
     for key in wanted:
         if key not in number_of:
             near = difflib.get_close_matches(key, number_of, 1)
-            hint = f"did you mean {near[0]}?" if near else f"its first is {next(iter(number_of))}."
+            hint = f"did you mean {near[0]}?" if near else f"a key there is {next(iter(number_of))}."
             raise UserError(f"images: {key} is no image of {split} in {manifest.folder / 'manifest.json'}; {hint}")
     return [number_of[key] for key in wanted]

@@ -25,7 +25,8 @@ def pairwise_tracin(rows: Factors, columns: Factors) -> Tensor:
         [R, C], fp32 (float64 for float64 factors).
     """
     with exact(rows.hidden.device):
-        h_RVH, d_RVD, h_CVH, d_CVD = (widen(factor) for factor in (*rows, *columns))
+        h_RVH, d_RVD = (widen(factor) for factor in rows)
+        h_CVH, d_CVD = (factor.to(h_RVH.dtype) for factor in columns)  # what travelled may be narrower
         (num_rows, row_views), (num_columns, column_views) = h_RVH.shape[:2], h_CVH.shape[:2]
         # Two products for all pairs of views at once.
         block = torch.addmm(h_RVH.new_ones(1), h_RVH.flatten(0, 1), h_CVH.flatten(0, 1).T)

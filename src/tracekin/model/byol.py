@@ -33,7 +33,8 @@ class Online(nn.Module):
         """Predict each view.
 
         Returns:
-            hidden_BVH, the input of the predictor's last layer, and prediction_BVD, its output; in the weights' dtype.
+            hidden_BVH, the input of the predictor's last layer, without graph, and prediction_BVD, its output; in the
+            weights' dtype.
         """
         hidden = []
         for view_BCSS in views_VBCSS:
@@ -44,7 +45,7 @@ class Online(nn.Module):
                 hidden.append(self.predictor[1:](first_BH.to(self.predictor_last.weight.dtype)))
         hidden_BVH = torch.stack(hidden, 1)
         with _autocast(hidden_BVH.device, False):
-            return hidden_BVH, self.predictor_last(hidden_BVH)
+            return hidden_BVH.detach(), self.predictor_last(hidden_BVH)
 
 
 class Target(nn.Module):

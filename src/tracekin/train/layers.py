@@ -1,6 +1,6 @@
 """Gradients at several layers and at several checkpoints, for the policies that sum influence over them.
 
-Shape suffixes: B images, V views, I and O widths of a layer's input and output.
+Shape suffixes: B images, V views, I and O widths of a layer's input and output, D width of the predictions.
 """
 
 import copy
@@ -21,7 +21,8 @@ class Recorder:
 
     def __init__(self, online: nn.Module, count: int) -> None:
         linear = [module for module in online.modules() if isinstance(module, nn.Linear)]
-        self.layers = linear[-count - 1 : -1]
+        self.layers, self.last = linear[-count - 1 : -1], linear[-1]
+        self.prediction_BVD: Tensor | None = None
         self.inputs: dict[nn.Module, list[Tensor]] = {}
         self.outputs: dict[nn.Module, list[Tensor]] = {}
 
@@ -35,7 +36,13 @@ class Recorder:
             self.inputs[layer].append(arguments[0].detach())
             self.outputs[layer].append(output)
 
+        def keep(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+            self.prediction_BVD = output
+            # What goes on is another node of the graph: DeepSpeed forbids gradients taken through the one it is given.
+            return output.view_as(output)
+
         handles = [layer.register_forward_hook(record) for layer in self.layers]
+        handles.append(self.last.register_forward_hook(keep))
         try:
             yield
         finally:
@@ -46,16 +53,20 @@ class Recorder:
         """Input [B, V, I] of each watched layer."""
         return [torch.stack(self.inputs[layer], 1) for layer in self.layers]
 
-    def deltas(self, loss: Tensor) -> list[Tensor]:
-        """Gradient [B, V, O] of ``loss``, a sum over images, at each watched layer's output; the graph stays.
+    def deltas(self, last_BVD: Tensor) -> list[Tensor]:
+        """Gradient [B, V, O] of the summed losses at each watched layer's output; the graph stays.
+
+        Args:
+            last_BVD: the gradient at the predictions.
 
         Where a batch norm follows, the gradient at image i's place holds what i does to the other images' losses too.
         """
         outputs = [output for layer in self.layers for output in self.outputs[layer]]
-        found = torch.autograd.grad(loss, outputs, retain_graph=True)
+        assert self.prediction_BVD is not None
+        found = torch.autograd.grad(self.prediction_BVD, outputs, last_BVD, retain_graph=True)
         num_views = len(outputs) // len(self.layers)
         deltas = [torch.stack(found[i : i + num_views], 1) for i in range(0, len(found), num_views)]
-        self.inputs, self.outputs = {}, {}
+        self.inputs, self.outputs, self.prediction_BVD = {}, {}, None
         return deltas
 
 

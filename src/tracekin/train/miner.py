@@ -61,7 +61,7 @@ class Miner:
         self.own_hidden = [self.exchange.send(layer) for layer in layers]
 
     def gradients(
-        self, hidden_BVH: Tensor, prediction_BVD: Tensor, target_BVD: Tensor, loss_B: Tensor, views: Tensor, lr: float
+        self, hidden_BVH: Tensor, prediction_BVD: Tensor, target_BVD: Tensor, views: Tensor, lr: float
     ) -> tuple[Factors, ...]:
         """Factors of each image's loss gradient, as the policy wants them.
 
@@ -69,7 +69,6 @@ class Miner:
             hidden_BVH: input of the predictor's last layer, which ``send`` was given.
             prediction_BVD: its output.
             target_BVD: what each view's prediction is compared with.
-            loss_B: BYOL loss of each image, with its graph.
             views: [V, B, C, S, S] of the same images.
             lr: learning rate of this step, the weight of the current weights in TracInCP.
         """
@@ -78,7 +77,7 @@ class Miner:
         layers = [gradient_factors(hidden_BVH, prediction_BVD, target_BVD)]
         if self.recorder:
             inputs = self.recorder.hidden()
-            layers += [Factors(*pair) for pair in zip(inputs, self.recorder.deltas(loss_B.sum()), strict=True)]
+            layers += [Factors(*pair) for pair in zip(inputs, self.recorder.deltas(layers[0].delta), strict=True)]
         if self.history:
             layers = [scaled(layers[0], lr), *self.history.gradients(views)]
             self.own_hidden += [self.exchange.send(layer.hidden) for layer in layers[1:]]

@@ -67,14 +67,13 @@ def byol_with_mined_positives(
     with clock.phase("target"):
         target_BVD = target(batch.views)
     other_BVD = target_BVD[:, TWO].flip(1)  # each view's prediction is compared with the other view's target
-    loss_B = byol_loss(prediction_BVD, other_BVD)
-    loss_byol = loss_B.mean()
+    loss_byol = byol_loss(prediction_BVD, other_BVD).mean()
     if miner.policy is None:
         return Losses(loss_byol, loss_byol, torch.zeros_like(loss_byol), target_BVD, None)
 
     with clock.phase("mining"):
         # 2. The loss gradients' factors at the predictor's last layer, in closed form, gathered over ranks.
-        factors = miner.gradients(hidden_BVH, prediction_BVD, other_BVD, loss_B, batch.views[TWO], lr)
+        factors = miner.gradients(hidden_BVH, prediction_BVD, other_BVD, batch.views[TWO], lr)
         rows = Candidates(factors, target_BVD[:, TWO], batch.index, batch.group, batch.label, support=target_BVD)
         columns, blocks = miner.gather(rows, step)
         # 3. TracIn of my images against every image; each takes the best that is not itself as its positive.
