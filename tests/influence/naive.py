@@ -1,51 +1,120 @@
 """Float64 loops that say what each policy means, and drawn candidates to hold them against."""
 
+from itertools import product
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tracekin.influence import Candidates, Factors, gradient_factors
+from tracekin.influence import POLICIES, Candidates, Factors, Pool, gradient_factors, normalised
+
+WIDTHS = ((16, 6), (5, 9), (11, 3))
+"""Input and output of each layer: the first is the predictor's last."""
 
 
 def candidates(
-    images: int, *, views: int = 2, hidden: int = 16, out: int = 6, classes: int = 3, seed: int = 0
+    images: int, *, views: int = 2, layers: int = 1, supports: int = 0, classes: int = 3, seed: int = 0
 ) -> Candidates:
-    """Random images of ids 100, 101, ..., groups of about three, multi-label with some empty rows."""
+    """Images in clusters, so that some resemble each other, of groups of about three, multi-label with some empty rows.
+
+    The last fifth are the first fifth's ids and groups once more, as a queue remembers them.
+    """
     generator = torch.Generator().manual_seed(seed)
-    h_VBH = torch.randn(views, images, hidden, generator=generator).relu()
-    p_VBD, t_VBD = torch.randn(2, views, images, out, generator=generator)
-    groups = torch.randint(1 + images // 3, (images,), generator=generator)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    number = torch.arange(images) % (images - images // 5)
+    factors = [gradient_factors(normal(images, views, WIDTHS[0][0]).relu(), *normal(2, images, views, WIDTHS[0][1]))]
+    for hidden, out in WIDTHS[1:layers]:
+        factors.append(Factors(normal(images, views, hidden).relu(), normal(images, views, out)))
+    centres = normal(2, WIDTHS[0][1])[torch.randint(2, (images,), generator=generator)][:, None]
+    target, support = (centres + 0.5 * normal(images, count, WIDTHS[0][1]) for count in (views, supports))
+    groups = torch.randint(1 + images // 3, (images,), generator=generator)[number]
     labels = (torch.rand(images, classes, generator=generator) < 0.4).to(torch.uint8)
-    return Candidates(gradient_factors(h_VBH, p_VBD, t_VBD), t_VBD, 100 + torch.arange(images), groups, labels)
+    return Candidates(
+        tuple(factors),
+        target,
+        100 + number,
+        groups,
+        labels,
+        support=torch.cat((target, support), 1) if supports else None,
+    )
 
 
-def some(side: Candidates, part: slice) -> Candidates:
-    """The images of ``part``, as one rank holds them."""
-    assert side.factors is not None
-    factors = Factors(side.factors.hidden[:, part].clone(), side.factors.delta[:, part].clone())
-    return Candidates(factors, side.target[:, part].clone(), side.ids[part], side.groups[part], side.labels[part])
+def whole_numbers(images: int, *, layers: int = 1, seed: int = 0) -> Candidates:
+    """As ``candidates``, of small integers and targets along the axes: scores are exact in fp32, and full of ties."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(*shape: int) -> Tensor:
+        return torch.randint(-1, 2, shape, generator=generator).float()
+
+    factors = tuple(Factors(integers(images, 2, hidden), integers(images, 2, out)) for hidden, out in WIDTHS[:layers])
+    axes = torch.eye(4)[torch.randint(4, (images, 2), generator=generator)]
+    return candidates(images, seed=seed)._replace(factors=factors, target=axes)
 
 
-def tracin(rows: Factors, columns: Factors) -> Tensor:
-    """Inner products of materialised gradients, each a weight matrix and a bias."""
-    return gradients(rows) @ gradients(columns).T
+def of_policy(policy: str, images: int, seed: int) -> Candidates:
+    """Candidates with the gradients that the policy asks for, not normalised."""
+    layers = {"none": 1, "last": 1, "layers": 3, "checkpoints": 2}[POLICIES[policy].gradients]
+    return candidates(images, layers=layers, supports=2 if policy == "fnc" else 0, seed=seed)
 
 
-def tracin_cosine(rows: Factors, columns: Factors) -> Tensor:
-    return F.normalize(gradients(rows), dim=1) @ F.normalize(gradients(columns), dim=1).T
+def as_asked(policy: str, side: Candidates) -> Candidates:
+    """Gradients as ``choose`` wants them."""
+    return side._replace(factors=normalised(*side.factors)) if POLICIES[policy].normalise else side
 
 
-def gradients(factors: Factors) -> Tensor:
-    hidden, delta = (factor.double() for factor in factors)
-    weight = sum(torch.einsum("bd,bh->bdh", d, h) for d, h in zip(delta, hidden, strict=True))
-    return torch.cat([torch.as_tensor(weight).flatten(1), delta.sum(0)], 1)
+def score(policy: str, pool: Pool) -> Tensor:
+    """The policy's definition, [R, C] float64, from gradients that are not normalised."""
+    rows, columns, seed, step = pool
+    gradients = [torch.cat([materialised(layer) for layer in side.factors], 1) for side in (rows, columns)]
+    draws = random(rows.ids, columns.ids, seed, step)
+    definitions = {
+        "agreement": lambda: cosine(*gradients).clamp(min=0) * feature(rows.target, columns.target).clamp(min=0),
+        "feature": lambda: feature(rows.target, columns.target),
+        "fnc": lambda: votes(rows.target if rows.support is None else rows.support, columns.target),
+        "group": lambda: draws * torch.tensor([[float(i == j) for j in columns.groups] for i in rows.groups]),
+        "oracle": lambda: (
+            draws * torch.tensor([[float(same_label(i, j)) for j in columns.labels] for i in rows.labels])
+        ),
+        "random": lambda: draws,
+    }
+    inner = cosine if policy.endswith("_cosine") else lambda a, b: a @ b.T
+    found: Tensor = definitions[policy]() if policy in definitions else inner(*gradients)
+    return found if columns.weight is None else found * columns.weight.double()
+
+
+def materialised(factors: Factors) -> Tensor:
+    """Each image's whole gradient of one layer, a weight matrix and a bias, in one row."""
+    hidden_BVH, delta_BVD = (factor.double() for factor in factors)
+    weight_BDH = torch.stack(
+        [
+            sum((torch.outer(d, h) for d, h in zip(*i, strict=True)), torch.zeros(1))
+            for i in zip(delta_BVD, hidden_BVH, strict=True)
+        ]
+    )
+    return torch.cat([weight_BDH.flatten(1), delta_BVD.sum(1)], 1)
+
+
+def cosine(rows: Tensor, columns: Tensor) -> Tensor:
+    return F.normalize(rows, dim=1) @ F.normalize(columns, dim=1).T
 
 
 def feature(rows: Tensor, columns: Tensor) -> Tensor:
-    score = torch.zeros(rows.shape[1], columns.shape[1], dtype=torch.float64)
-    for row_view in rows.double():
-        for column_view in columns.double():
-            score += F.cosine_similarity(row_view[:, None], column_view[None], dim=-1)
+    score = torch.zeros(len(rows), len(columns), dtype=torch.float64)
+    for u, v in product(range(rows.shape[1]), range(columns.shape[1])):
+        score += cosine(rows[:, u].double(), columns[:, v].double())
+    return score
+
+
+def votes(support: Tensor, columns: Tensor) -> Tensor:
+    """Support views above 0.7, and a tie-break below a vote that grows with their mean cosine."""
+    score = torch.zeros(len(support), len(columns), dtype=torch.float64)
+    for i, j in product(range(len(support)), range(len(columns))):
+        nearest = cosine(support[i].double(), columns[j].double()).amax(1).tolist()
+        count = sum(value > 0.7 for value in nearest)
+        score[i, j] = count and count + (sum(nearest) / len(nearest) + 1) / 4
     return score
 
 
@@ -69,11 +138,6 @@ def random(row_ids: Tensor, column_ids: Tensor, seed: int, step: int) -> Tensor:
 def same_label(row: Tensor, column: Tensor) -> bool:
     mine, other = set(row.nonzero().flatten().tolist()), set(column.nonzero().flatten().tolist())
     return bool(mine & other) or not (mine or other)
-
-
-def oracle(rows: Candidates, columns: Candidates, seed: int, step: int) -> Tensor:
-    same = [[float(same_label(row, column)) for column in columns.labels] for row in rows.labels]
-    return random(rows.ids, columns.ids, seed, step) * torch.tensor(same, dtype=torch.float64)
 
 
 def is_eligible(rows: Candidates, i: int, columns: Candidates, j: int, exclude_group: bool) -> bool:

@@ -1,6 +1,7 @@
-"""Every policy against its definition in float64 loops, and the hit rate beside chance."""
+"""Every policy against its definition in float64 loops, for any split of columns and rows, and whatever comes in."""
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any, get_args
 
 import pytest
@@ -10,47 +11,47 @@ from hypothesis import strategies as st
 
 from tests.influence import naive
 from tracekin.config import Policy, UserError
-from tracekin.influence import POLICIES, USES_FACTORS, Candidates, choose, hit_and_chance
+from tracekin.influence import POLICIES, Block, Candidates, Factors, Mined, Pool, choose, normalised, positive_weights
 
 SEED, STEP = 11, 5
+GRADIENTS = [name for name, policy in POLICIES.items() if policy.gradients != "none"]
+MEASURED = [*GRADIENTS, "feature", "fnc"]
+"""Policies that look at what the networks computed; the others draw."""
 
 
-def definition(policy: str, rows: Candidates, columns: Candidates) -> torch.Tensor:
-    if policy == "feature":
-        return naive.feature(rows.target, columns.target)
-    if policy == "random":
-        return naive.random(rows.ids, columns.ids, SEED, STEP)
-    if policy == "oracle":
-        return naive.oracle(rows, columns, SEED, STEP)
-    assert rows.factors is not None
-    assert columns.factors is not None
-    return getattr(naive, policy)(rows.factors, columns.factors)  # type: ignore[no-any-return]
+def one_block(policy: str, rows: Candidates, columns: Candidates, exclude_group: bool = True, **how: Any) -> Mined:
+    how = {"seed": SEED, "step": STEP, **how}
+    return choose(policy, rows, [Block(0, columns)], exclude_group=exclude_group, **how)
 
 
 def test_every_policy_of_the_configuration_is_there() -> None:
     assert {*POLICIES, "none"} == set(get_args(Policy))
-    assert POLICIES.keys() >= USES_FACTORS
 
 
 @pytest.mark.parametrize("exclude_group", [True, False])
 @pytest.mark.parametrize("policy", POLICIES)
-@given(images=st.integers(2, 14), k=st.integers(1, 3), chunk=st.integers(1, 20), seed=st.integers(0, 99))
+@given(st.data(), st.integers(2, 14), st.integers(1, 3), st.integers(1, 20), st.integers(0, 99))
 def test_policies_are_what_they_say(
-    policy: str, exclude_group: bool, images: int, k: int, chunk: int, seed: int
+    policy: str, exclude_group: bool, data: st.DataObject, images: int, k: int, chunk: int, seed: int
 ) -> None:
-    columns = naive.candidates(images, seed=seed)
-    rows = naive.some(columns, slice(images // 3, images))
-    k = min(k, images)
-    how: dict[str, Any] = {"seed": SEED, "step": STEP, "exclude_group": exclude_group, "k": k, "chunk": chunk}
-    mined = choose(policy, rows, columns, **how)
-    scores = definition(policy, rows, columns)
+    """Policy ``group`` never excludes the group; an age multiplies scores; what is remembered may be the row itself."""
+    columns, k = naive.of_policy(policy, images, seed), min(k, images)
+    if data.draw(st.booleans()):
+        columns = columns._replace(weight=torch.rand(images, generator=torch.Generator().manual_seed(seed)))
+    rows = columns.part(slice(images // 3, images))
+    mined = one_block(
+        policy, naive.as_asked(policy, rows), naive.as_asked(policy, columns), exclude_group, k=k, chunk=chunk
+    )
+    assert mined.score.dtype == torch.float32
+    scores = naive.score(policy, Pool(rows, columns, SEED, STEP))
     tolerance = 1e-5 * float(scores.abs().max())
+    by_group = exclude_group and policy != "group"
     for i in range(len(rows.ids)):
-        allowed = [j for j in range(images) if naive.is_eligible(rows, i, columns, j, exclude_group)]
+        allowed = [j for j in range(images) if naive.is_eligible(rows, i, columns, j, by_group)]
         best = sorted((float(scores[i, j]) for j in allowed if scores[i, j] > tolerance), reverse=True)[:k]
         found = [j for j in mined.index[i].tolist() if j >= 0]
         assert len(found) >= len(best)
-        assert set(found) <= set(allowed)
+        assert set(found) <= {j for j in allowed if scores[i, j] > -tolerance}
         assert len(set(found)) == len(found)
         for j, score, expected in zip(found, mined.score[i].tolist(), best, strict=False):
             assert abs(float(scores[i, j]) - expected) <= tolerance
@@ -58,68 +59,137 @@ def test_policies_are_what_they_say(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_ranks_choose_what_one_process_chooses(policy: str) -> None:
-    columns = naive.candidates(24, seed=3)
-    how: dict[str, Any] = {"seed": SEED, "step": STEP, "exclude_group": True}
-    whole = choose(policy, columns, columns, **how)
-    for ranks in (2, 4):
-        each = 24 // ranks
-        parts = [
-            choose(policy, naive.some(columns, slice(r * each, (r + 1) * each)), columns, **how) for r in range(ranks)
-        ]
-        assert torch.equal(torch.cat([part.index for part in parts]), whole.index)
+@given(st.data(), st.integers(2, 24), st.integers(1, 4), st.integers(0, 99))
+def test_any_split_chooses_what_one_block_does(
+    policy: str, data: st.DataObject, images: int, k: int, seed: int
+) -> None:
+    """Ring order, ranks and chunks change nothing, to the bit: also among ties, which these scores are full of."""
+    columns = naive.whole_numbers(images, layers=3, seed=seed)
+    columns = columns._replace(weight=torch.arange(images) % 3 / 4 if data.draw(st.booleans()) else None)
+    k = min(k, images)
+    whole = one_block(policy, columns, columns, k=k)
+
+    cuts = sorted({0, images, *data.draw(st.lists(st.integers(0, images), max_size=4))})
+    blocks = [Block(start, columns.part(slice(start, stop))) for start, stop in pairwise(cuts)]
+    ring = data.draw(st.permutations(blocks))
+    ranks = sorted({0, images, *data.draw(st.lists(st.integers(0, images), max_size=3))})
+    chunk = data.draw(st.integers(1, images))
+    how: dict[str, Any] = {"seed": SEED, "step": STEP, "exclude_group": True, "k": k, "chunk": chunk}
+    parts = [choose(policy, columns.part(slice(*rank)), ring, **how) for rank in pairwise(ranks)]
+    assert torch.equal(torch.cat([part.index for part in parts]), whole.index)
+    assert torch.equal(torch.cat([part.score for part in parts]), whole.score)
 
 
-@pytest.mark.parametrize("policy", ["random", "oracle"])
-def test_draws_are_uniform_over_the_eligible(policy: str) -> None:
-    columns = naive.candidates(12, seed=4)._replace(factors=None)  # draws need no factors
-    columns = columns._replace(
-        labels=torch.eye(2, dtype=torch.uint8)[torch.arange(12) % 2], groups=torch.arange(12) // 3
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p not in ("random", "oracle", "group")])
+def test_ties_go_to_the_lowest_column_of_all_blocks(policy: str) -> None:
+    one = naive.whole_numbers(1, layers=3, seed=1)
+    ones = Candidates(
+        tuple(Factors(*(factor.abs().expand(9, -1, -1) for factor in layer)) for layer in one.factors),
+        one.target[:, :1].expand(9, 2, -1),
+        ids=torch.arange(9),
+        groups=torch.arange(9),
+        labels=torch.zeros(9, 0),
     )
-    steps = 3000
-    picks = [
-        choose(policy, columns, columns, seed=0, step=step, exclude_group=True).index[0, 0] for step in range(steps)
-    ]
-    counts = Counter(int(pick) for pick in picks)
-    eligible = {4, 6, 8, 10} if policy == "oracle" else set(range(3, 12))
+    blocks = [Block(start, ones.part(slice(start, start + 3))) for start in (6, 0, 3)]
+    mined = choose(policy, ones, blocks, seed=0, step=0, exclude_group=True, k=3, chunk=2)
+    assert mined.index.tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], *[[0, 1, 2]] * 6]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("broken", [0.0, torch.nan])
+@pytest.mark.parametrize("which", ["prediction", "target"])
+def test_broken_images_are_never_chosen(policy: str, broken: float, which: str) -> None:
+    """Without a direction there is no gradient and no cosine: not NaN, not a positive, and nobody's influence."""
+    columns, bad = naive.of_policy(policy, 16, seed=5), [2, 7, 15]
+    for hidden, delta in columns.factors:
+        delta[bad] = broken
+        assert hidden.isfinite().all()
+    if which == "target":
+        columns.target[bad] = broken
+        columns = columns._replace(support=None)
+    asked = naive.as_asked(policy, columns)
+    mined = one_block(policy, asked, asked, False, k=4)
+    assert mined.score.isfinite().all()
+    assert (mined.index[[0, 1, 3]] >= 0).any()
+    if policy in GRADIENTS or (policy in MEASURED and which == "target"):
+        assert not {*mined.index.flatten().tolist()} & {*bad}
+        assert (mined.index[bad] == -1).all()
+
+
+@pytest.mark.parametrize("columns_type", ["bfloat16", "float16", "same"])
+@pytest.mark.parametrize("rows_type", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("policy", MEASURED)
+def test_any_float_type_scores_as_in_fp32(policy: str, rows_type: str, columns_type: str) -> None:
+    """Such as bf16 columns from transport against fp32 rows: what is rounded is what arrives, never the arithmetic."""
+
+    def narrowed(side: Candidates, name: str) -> Candidates:
+        dtype = getattr(torch, name)
+        factors = tuple(Factors(hidden.to(dtype), delta.to(dtype)) for hidden, delta in side.factors)
+        # Targets do not travel narrow: both sides are of one type.
+        return side._replace(factors=factors, target=side.target.to(getattr(torch, rows_type)))
+
+    def score(rows: Candidates, columns: Candidates) -> torch.Tensor:
+        pool = Pool(rows, columns, SEED, STEP)
+        return POLICIES[policy].score(pool)(slice(0, 12))
+
+    whole = naive.as_asked(policy, naive.of_policy(policy, 12, seed=3)._replace(support=None))
+    columns_type = rows_type if columns_type == "same" else columns_type
+    rows, columns = narrowed(whole, rows_type), narrowed(whole, columns_type)
+    found = score(rows, columns)
+    assert found.dtype == (torch.float64 if rows_type == "float64" else torch.float32)
+    expected = score(narrowed(rows, "float64"), narrowed(columns, "float64")).double()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_without_a_candidate_the_term_is_masked() -> None:
+    columns = naive.candidates(6)
+    alike = columns._replace(ids=torch.full((6,), 4))
+    grouped = columns._replace(groups=torch.zeros(6, dtype=torch.int64), ids=torch.arange(6))
+    alone = grouped._replace(groups=torch.arange(6))
+    for policy, pool, exclude_group in (("tracin", alike, False), ("tracin", grouped, True), ("group", alone, True)):
+        mined = one_block(policy, pool, pool, exclude_group, k=2)
+        assert (mined.index == -1).all()
+        assert (mined.score == 0).all()
+        assert (positive_weights(mined) == 0).all()
+    assert (one_block("group", grouped, grouped, True).index >= 0).all()
+
+
+def test_more_positives_than_columns_are_refused() -> None:
+    columns = naive.candidates(6)
+    blocks = [Block(0, columns.part(slice(0, 2))), Block(2, columns.part(slice(2, 5)))]
+    with pytest.raises(UserError, match=r"k=6 positives cannot be mined from 5 columns.*1 to 5"):
+        choose("tracin", columns, blocks, seed=0, step=0, exclude_group=False, k=6)
+
+
+@pytest.mark.parametrize("policy", ["random", "oracle", "group"])
+def test_draws_are_uniform_over_the_eligible(policy: str) -> None:
+    columns = naive.candidates(12, seed=4)._replace(factors=())  # draws need no factors
+    columns = columns._replace(
+        ids=torch.arange(12),
+        labels=torch.eye(2, dtype=torch.uint8)[torch.arange(12) % 2],
+        groups=torch.arange(12) // 3,
+    )
+    first, steps = columns.part(slice(0, 1)), 2000
+    picks = [int(one_block(policy, first, columns, step=step).index) for step in range(steps)]
+    counts = Counter(picks)
+    eligible = {"oracle": {4, 6, 8, 10}, "random": set(range(3, 12)), "group": {1, 2}}[policy]
     assert set(counts) == eligible
     expected = steps / len(eligible)
     chi_square = sum((counts[column] - expected) ** 2 / expected for column in eligible)
-    assert chi_square < {4: 16.3, 9: 26.1}[len(eligible)]  # p = 0.001
+    assert chi_square < {2: 10.8, 4: 16.3, 9: 26.1}[len(eligible)]  # p = 0.001
 
 
 def test_the_oracle_needs_labels() -> None:
     columns = naive.candidates(4, classes=0)
     with pytest.raises(UserError, match=r"mining.policy=oracle needs labels"):
-        choose("oracle", columns, columns, seed=0, step=0, exclude_group=True)
+        one_block("oracle", columns, columns)
 
 
-@given(st.integers(1, 12), st.integers(1, 3), st.integers(1, 20), st.integers(1, 4), st.booleans(), st.integers(0, 99))
-def test_hit_and_chance_equal_a_loop(
-    images: int, k: int, chunk: int, classes: int, exclude_group: bool, seed: int
-) -> None:
-    """Multi-label, images without any label, rows with nothing mined and rows without a candidate included."""
-    columns = naive.candidates(images, classes=classes, seed=seed)
-    rows = naive.some(columns, slice(images // 2, images))
-    k = min(k, images)
-    mined = choose("tracin", rows, columns, seed=0, step=0, exclude_group=exclude_group, k=k)
-    hit, chance = hit_and_chance(mined, rows, columns, exclude_group, chunk=chunk)
-
-    def share(of: list[int], i: int) -> float:
-        hits = [naive.same_label(rows.labels[i], columns.labels[j]) for j in of]
-        return sum(hits) / len(hits) if hits else torch.nan
-
-    everyone = range(images)
-    for i in range(len(rows.ids)):
-        allowed = [j for j in everyone if naive.is_eligible(rows, i, columns, j, exclude_group)]
-        expected = [share([j for j in mined.index[i].tolist() if j >= 0], i), share(allowed, i)]
-        torch.testing.assert_close(torch.stack([hit[i], chance[i]]), torch.tensor(expected), equal_nan=True)
-
-
-def test_without_labels_there_is_no_hit_rate() -> None:
-    columns = naive.candidates(4, classes=0)
-    mined = choose("random", columns, columns, seed=0, step=0, exclude_group=False)
-    hit, chance = hit_and_chance(mined, columns, columns, False)
-    assert hit.isnan().all()
-    assert chance.isnan().all()
-    assert hit.shape == chance.shape == (4,)
+@given(st.integers(1, 3), st.integers(0, 99))
+def test_normalised_gradients_have_unit_length_over_all_layers(layers: int, seed: int) -> None:
+    side = naive.candidates(5, layers=layers, seed=seed)
+    scaled = normalised(*side.factors)
+    whole = torch.cat([naive.materialised(layer) for layer in side.factors], 1)
+    unit = torch.cat([naive.materialised(layer) for layer in scaled], 1)
+    torch.testing.assert_close(unit, torch.nn.functional.normalize(whole), rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(now.hidden, was.hidden) for now, was in zip(scaled, side.factors, strict=True))

@@ -47,17 +47,19 @@ def test_tracin_is_exact_close_to_the_target() -> None:
 
 
 def test_normalised_tracin_is_the_cosine_of_gradients() -> None:
-    rows, columns = naive.candidates(5, seed=1).factors, naive.candidates(7, seed=2).factors
-    assert rows is not None
-    assert columns is not None
-    expected = naive.tracin_cosine(rows, columns)
-    torch.testing.assert_close(pairwise_tracin(rows, columns, normalise=True).double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(self_influence(rows).double(), naive.tracin(rows, rows).diagonal(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(self_influence(normalised(rows)), torch.ones(5))
+    rows, columns = (naive.candidates(images, seed=images).factors[0] for images in (5, 7))
+    truth_R, truth_C = naive.materialised(rows), naive.materialised(columns)
+    found = pairwise_tracin(*normalised(rows), *normalised(columns)).double()
+    torch.testing.assert_close(found, naive.cosine(truth_R, truth_C), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(self_influence(rows).double(), truth_R.square().sum(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(self_influence(*normalised(rows)), torch.ones(5))
+    several = naive.candidates(5, layers=3).factors
+    whole = torch.cat([naive.materialised(layer) for layer in several], 1)
+    torch.testing.assert_close(self_influence(*several).double(), whole.square().sum(1), rtol=1e-5, atol=0)
 
 
 def test_feature_is_the_sum_of_cosines() -> None:
-    rows, columns = torch.randn(2, 5, 8), torch.randn(3, 7, 8)
+    rows, columns = torch.randn(5, 2, 8), torch.randn(7, 3, 8)
     torch.testing.assert_close(
         pairwise_feature(rows, columns).double(), naive.feature(rows, columns), rtol=0, atol=1e-6
     )
@@ -66,14 +68,14 @@ def test_feature_is_the_sum_of_cosines() -> None:
 @pytest.mark.parametrize("zero", [0.0, 1e-20])
 @pytest.mark.parametrize("which", ["hidden", "prediction", "target"])
 def test_zero_vectors_give_numbers(which: str, zero: float) -> None:
-    inputs = {name: torch.randn(2, 4, 6) for name in ("hidden", "prediction", "target")}
-    inputs[which][:, 0] *= zero
-    inputs[which][0, 1] *= zero
+    inputs = {name: torch.randn(4, 2, 6) for name in ("hidden", "prediction", "target")}
+    inputs[which][0] *= zero
+    inputs[which][1, 0] *= zero
     factors = gradient_factors(**inputs)
     if which != "hidden":
-        assert (factors.delta[:, 0] == 0).all()  # no direction, no gradient
-    for normalise in (False, True):
-        scores = pairwise_tracin(factors, factors, normalise=normalise)
+        assert (factors.delta[0] == 0).all()  # no direction, no gradient
+    for layer in (factors, *normalised(factors)):
+        scores = pairwise_tracin(layer, layer)
         assert scores.isfinite().all()
         assert (scores[0] == 0).all() == (which != "hidden")
     assert pairwise_feature(inputs["target"], inputs["target"]).isfinite().all()
@@ -81,7 +83,7 @@ def test_zero_vectors_give_numbers(which: str, zero: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_any_float_type_in_and_at_least_fp32_out(dtype: torch.dtype) -> None:
-    inputs = [torch.randn(2, 4, 6).to(dtype).requires_grad_() for _ in range(3)]
+    inputs = [torch.randn(4, 2, 6).to(dtype).requires_grad_() for _ in range(3)]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     factors = gradient_factors(*inputs)
     narrow = Factors(*(factor.to(dtype) for factor in factors))
@@ -93,16 +95,18 @@ def test_any_float_type_in_and_at_least_fp32_out(dtype: torch.dtype) -> None:
 
 
 def test_autocast_and_fast_matmuls_do_not_reach_influence() -> None:
-    inputs = [torch.randn(2, 32, 256) for _ in range(3)]
+    inputs = [torch.randn(32, 2, 256) for _ in range(3)]
     factors = gradient_factors(*inputs)
-    plain = pairwise_tracin(factors, factors, normalise=True), pairwise_feature(inputs[2], inputs[2])
+    (unit,), look = normalised(factors), pairwise_feature(inputs[2], inputs[2])
+    plain = pairwise_tracin(unit, unit)
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             cast = gradient_factors(*inputs)
             assert torch.equal(cast.delta, factors.delta)
-            assert torch.equal(pairwise_tracin(cast, cast, normalise=True), plain[0])
-            assert torch.equal(pairwise_feature(inputs[2], inputs[2]), plain[1])
+            assert torch.equal(normalised(cast)[0].delta, unit.delta)
+            assert torch.equal(pairwise_tracin(unit, unit), plain)
+            assert torch.equal(pairwise_feature(inputs[2], inputs[2]), look)
             assert (inputs[0][0] @ inputs[0][0].T).dtype == torch.bfloat16  # the caller's autocast is still on
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
@@ -148,16 +152,13 @@ def test_shares_label() -> None:
 def test_pieces_equal_the_whole(piece: int, columns: int, seed: int) -> None:
     """What a rank computes of its own rows is what one process computes of all."""
     rows, pool = naive.candidates(9, seed=seed), naive.candidates(columns, seed=seed + 1)
-    assert pool.factors is not None
-    pool_factors = pool.factors
 
     def pieces(score: Callable[[Candidates], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = [score(naive.some(rows, slice(start, start + piece))) for start in range(0, 9, piece)]
+        parts = [score(rows.part(slice(start, start + piece))) for start in range(0, 9, piece)]
         return torch.cat(parts), score(rows)
 
     def tracin(side: Candidates) -> torch.Tensor:
-        assert side.factors is not None
-        return pairwise_tracin(*(Factors(*(f.double() for f in factors)) for factors in (side.factors, pool_factors)))
+        return pairwise_tracin(*(Factors(*(f.double() for f in x.factors[0])) for x in (side, pool)))
 
     torch.testing.assert_close(*pieces(lambda side: pairwise_random(side.ids, pool.ids, seed, 3)), rtol=0, atol=0)
     torch.testing.assert_close(*pieces(lambda side: shares_label(side.labels, pool.labels)), rtol=0, atol=0)

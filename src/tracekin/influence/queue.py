@@ -36,13 +36,16 @@ class Queue:
         return Candidates(factors, kept["target"], kept["ids"], kept["groups"], kept["labels"], weight)
 
     def recording(self, blocks: Iterator[Block], step: int) -> Iterator[Block]:
-        """Pass the blocks of a step's pool on, and keep each once it has been scored."""
-        start, seen = self.written, 0
+        """Pass the blocks of a step's pool on, and keep each once it has been scored; their order is free."""
+        start = end = self.written
         for block in blocks:
             yield block
-            self._write(block.columns, start + block.start, step)
-            seen += len(block.columns.ids)
-        self.written = start + seen
+            first = start + block.start
+            end = max(end, first + len(block.columns.ids))
+            # A pool larger than the queue comes back to the same places: there the latest samples stay.
+            stale = max(end - self.size - first, 0)
+            self._write(block.columns.part(slice(stale, None)), first + stale, step)
+        self.written = end
 
     def state(self) -> dict[str, Tensor]:
         """All that is remembered, as tensors; ``load`` takes it back."""

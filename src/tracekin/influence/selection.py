@@ -8,8 +8,9 @@ from tracekin.influence.mining import Mined
 
 def positive_weights(mined: Mined) -> Tensor:
     """[R, k] fp32: each positive's share of its row's score; rows sum to 1, or to 0 where nothing was mined."""
-    whole = mined.score.sum(1, keepdim=True)
-    return torch.where(mined.index >= 0, mined.score / whole, 0)
+    score = mined.score.clamp(max=torch.finfo(torch.float32).max)
+    share = score / score.amax(1, keepdim=True)  # first of the highest, so that no sum overflows
+    return torch.where(mined.index >= 0, share / share.sum(1, keepdim=True), 0)
 
 
 def keep_mutual(mined: Mined, everyones_index: Tensor, first_row: int) -> Mined:
