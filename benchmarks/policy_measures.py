@@ -159,6 +159,7 @@ def measure(chosen: Chosen, images: Images) -> dict[str, float]:
         "macro_se": mean_se,
         "macro_chance": macro(chance_NP, images.classes),
         "top": micro(chosen.hit.gather(1, top_NK)),
+        "top_chance": micro(chance_NP.gather(1, top_NK)),
         "masked": float((chosen.column < 0).float().mean()),
         "gap": float(chosen.gap.nanmedian()),
         **hubs(chosen),
@@ -186,7 +187,7 @@ def late_hits(visits: list[Visit], images: Images) -> Callable[[Tensor], Any]:
 
 
 def prefer(visits: list[Visit], images: Images) -> dict[str, Any]:
-    """The preferred policy, and by how much it leads each other on the same anchors."""
+    """The preferred policy, its lead over each other on the same anchors, and those it leads by under two errors."""
     names, statistic, num = list(visits[-1].policies), late_hits(visits, images), len(images.batches)
     value = statistic(torch.arange(num))
     blind = macro(chance(images), images.classes)
@@ -196,7 +197,9 @@ def prefer(visits: list[Visit], images: Images) -> dict[str, Any]:
     keys = ("hit", "macro", "hit_lead", "macro_lead", "hit_lead_se", "macro_lead_se")
     rows = np.concatenate([value, lead, error], 1).tolist()
     late_half = {name: dict(zip(keys, row, strict=True)) for name, row in zip(names, rows, strict=True)}
-    return {"late_half": late_half, "preferred": names[best], "macro_chance": blind, "ratio": value[best, 1] / blind}
+    tied = [names[n] for n in choices if n != best and not lead[n, 1] >= 2 * error[n, 1]]
+    ratio = value[best, 1] / blind
+    return {"late_half": late_half, "preferred": names[best], "tied": tied, "macro_chance": blind, "ratio": ratio}
 
 
 def selections(last: Visit, images: Images) -> dict[str, dict[str, dict[str, float]]]:

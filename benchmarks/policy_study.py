@@ -6,9 +6,9 @@ RUN is a run on labelled images that kept its checkpoints (train.keep_checkpoint
 batches of P train images, two views each as pretraining draws them, in train mode; nothing of the run is written. One
 line a checkpoint's epoch and a policy, over the anchors whose best column scores above 0:
 
-  hit    share whose column shares their label, and the jackknife's standard error over batches; odds: a blind draw's
+  hit    share whose column shares their label, and the jackknife's standard error over batches; ch.: a blind draw's
   macro  the same as mean over classes: the honest figure where one class dominates
-  top    hit of the tenth of anchors with the largest scores
+  top    hit of the tenth of anchors with the largest scores, and the chance of these
   deg    anchors of the most chosen column; hub: share of anchors that the most chosen 1 % of columns hold
   dist   different columns over anchors; mask: share of anchors without a positive; gap: median (first - second) / first
 
@@ -118,7 +118,8 @@ def visit(
         gradients = {"none": [], "last": layers[:1], "layers": layers, "checkpoints": past[number]}
         for name in policies:
             factors = tuple(gradients[POLICIES[name].gradients])
-            mined[name].append(mine_policy(name, batch, factors, target_PVD, images.exclude_group, number))
+            draw = round(1000 * point.epoch) + number
+            mined[name].append(mine_policy(name, batch, factors, target_PVD, images.exclude_group, draw))
         grams = gram_matrices(layers[0])
         for name, score_PP in eliminations(grams, prediction_PVD).items():
             without.setdefault(name, []).append(mine_matrix(score_PP, batch, images.exclude_group))

@@ -6,17 +6,18 @@ from typing import Any
 import numpy as np
 
 MOST_COLUMNS = 10
-HEADER = f"{'':4} {'policy':<16} {'hit':<9} {'odds':<4} {'macro':<9} {'odds':<4}  top deg  hub dist mask  gap"
+REST = {"chance": 3, "macro": 9, "macro_chance": 3, "top": 3, "top_chance": 3, "degree": 3}
+REST |= {"hub": 3, "distinct": 4, "masked": 4, "gap": 3}
+HEADER = f"     {'policy':<16} {'hit':<9} ch. {'macro':<9} ch. top ch. deg hub dist mask gap"
 
 
 def table_line(epoch: float, name: str, found: Mapping[str, float]) -> str:
     """80 columns under HEADER."""
-    hit, mean = (f"{short(found[key])}±{short(found[f'{key}_se'])}" for key in ("hit", "macro"))
-    rest = " ".join(f"{short(found[key], 2):>4}" for key in ("hub", "distinct", "masked", "gap"))
-    return (
-        f"{epoch:>4.3g} {name:<16} {hit:<9} {short(found['chance']):>4} {mean:<9} {short(found['macro_chance']):>4}"
-        f" {short(found['top']):>4} {found['degree']:>3.0f} {rest}"
-    )
+    cells = {key: short(found[key], 2) for key in REST}
+    cells |= {key: f"{short(found[key])}±{short(found[f'{key}_se'])}" for key in ("hit", "macro")}
+    cells["degree"] = f"{found['degree']:.0f}"
+    rest = " ".join(f"{cells[key]:>{width}}" for key, width in REST.items())
+    return f"{epoch:>4.3g} {name:<16} {cells['hit']:<9} {rest}"
 
 
 def print_course(
@@ -43,10 +44,13 @@ def print_rest(result: Mapping[str, Any]) -> None:
             print_course(f"{title}: {of}, by epoch{note}", epochs, rows, ends if key == "hit" else None)
     causes = {**result["causes"], "hit of hubs": result["without"]["tracin"]["hub_hit"]}
     print_course("causes of raw TracIn's choices, by epoch", epochs, causes)
-    print("\nat the last checkpoint: hit, macro hit, share masked, if only these stay")
-    for name, found in result["selections"].items():
-        cells = (f"{how}: {short(m['hit'])} {short(m['macro'])} {short(m['masked'], 2)}" for how, m in found.items())
-        print(f"{name:<17}" + "   ".join(cells))
+    print("\nat the last checkpoint: hit, chance, macro hit, share masked, if these stay")
+    for name, selections in result["selections"].items():
+        rows = {
+            how: (short(m["hit"]), short(m["chance"], 2), short(m["macro"]), short(m["masked"], 2))
+            for how, m in selections.items()
+        }
+        print(f"{name:<17}" + "   ".join(f"{how}: {' '.join(cells)}" for how, cells in rows.items()))
     print("\nat the last checkpoint: share of anchors with the same choice\n" + " " * 20, end="")
     print("".join(f"{number:>5}" for number in range(1, 1 + len(names))))
     for number, name in enumerate(names, 1):

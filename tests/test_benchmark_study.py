@@ -181,7 +181,7 @@ def test_measures_of_hand_made_choices() -> None:
     assert found["hit_se"] == 0  # the batches are equal
     assert found["macro"] == pytest.approx((0 + 1 / 2 + 0) / 3)
     assert found["chance"] == pytest.approx((0 + 1 / 4 + 1 / 4 + 0) / 4)
-    assert found["top"] == 1  # of five anchors one: score 0.8
+    assert (found["top"], found["top_chance"]) == (1, 1 / 4)  # of five anchors one: score 0.8
     assert found["masked"] == pytest.approx(1 / 5)
     assert found["gap"] == pytest.approx(0.5)  # of 0.8, 0.5, 0, 1 the lower median
     assert (found["degree"], found["hub"], found["distinct"]) == pytest.approx((2, 2 / 4, 3 / 4))
@@ -213,6 +213,7 @@ def test_the_preferred_policy_leads_late_and_sees_no_label() -> None:
     assert found["ratio"] == pytest.approx(0.7)  # every column shares the label: chance is 1
     assert found["late_half"]["tracin"]["hit_lead"] == pytest.approx(0.35)
     assert found["late_half"]["tracin"]["macro_lead_se"] == pytest.approx(0)
+    assert found["tied"] == []
     assert policy_measures.slope(visits, "tracin", "policies")[0] == pytest.approx(-1.9)
     assert policy_measures.slope(visits, "feature", "policies")[0] > 0
     assert np.isnan(policy_measures.slope(visits[:1], "tracin", "policies")[0])
@@ -288,7 +289,7 @@ def test_the_images_are_the_same_each_time_and_the_networks_are_not(run_folder: 
 
     first, again, second = once([1]), once([1]), once([2])
     assert first == again
-    assert first["random"] == second["random"]
+    assert first["random"]["chance"] == second["random"]["chance"]  # type: ignore[index]
     assert first["tracin_cosine"] != second["tracin_cosine"]
 
 
