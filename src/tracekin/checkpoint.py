@@ -27,7 +27,7 @@ def save(run_folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state
     Args:
         run_folder: the run's folder.
         step: optimiser steps done.
-        parts: tensors by name, for each of PARTS.
+        parts: tensors by name, for each of PARTS; the queue only where something is remembered.
         state: JSON values; stored with ``step``.
         keep: checkpoints that stay.
 
@@ -39,10 +39,8 @@ def save(run_folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for part in PARTS:
-        if not parts[part]:
-            continue
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parts[part].items()}
+    for part, content in parts.items():
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}
         save_file(tensors, partial / f"{part}.safetensors")
     (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
     for file in partial.iterdir():

@@ -166,6 +166,10 @@ class MiningConfig:
             _require(getattr(self, key) >= 0, f"mining.{key}", getattr(self, key), "0 or more")
         if self.queue and self.pool != "global":
             raise UserError(f"mining.queue={self.queue} remembers the global pool; it needs mining.pool=global.")
+        if self.support_views and "fnc" not in (self.policy, self.compare):
+            raise UserError(
+                f"mining.support_views={self.support_views}: only mining.policy=fnc lets them vote; set it to 0."
+            )
         if self.compare not in ("none", "feature", "fnc", "random", "oracle", "group"):
             raise UserError(
                 f"mining.compare={self.compare} needs gradients; accepted: feature, fnc, group, oracle, random, none."

@@ -15,6 +15,7 @@ from tests.train.tiny_run import tiny_backbone
 from tracekin import checkpoint
 from tracekin.config import Config, UserError, load
 from tracekin.data.manifest import read_manifest
+from tracekin.distributed.world import World
 from tracekin.train.checks import check_run
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "losses.json"
@@ -30,6 +31,9 @@ REQUIRED = [
     "chance_rate",
     "mined_fraction",
     "max_in_degree",
+    "distinct_fraction",
+    "score_gap",
+    "agreement",
     "target_std",
     "effective_rank",
     "images_per_second",
@@ -140,6 +144,38 @@ def test_resumed_losses_are_bit_identical(finished: Config, tmp_path: Path) -> N
     assert_same_end(finished, config)
 
 
+@pytest.mark.parametrize(
+    "mining",
+    [
+        ["mining.policy=tracin_cp_cosine", "mining.k=2"],
+        ["mining.policy=ghost", "mining.queue=24", "mining.queue_half_life=2", "mining.transport=bf16"],
+        ["mining.policy=fnc", "mining.support_views=1", "mining.keep=mutual", "mining.compare=feature"],
+    ],
+    ids=lambda mining: mining[0].rpartition("=")[2],
+)
+def test_what_mining_remembers_survives_a_stop(finished: Config, tmp_path: Path, mining: list[str]) -> None:
+    """Older checkpoints, the queue: two ranks over a ring, stopped and started again, end as if unbroken."""
+    manifest = f"data.manifest={finished.data.manifest}"
+    whole = tiny_config(tmp_path / "a", manifest, *mining, "mining.ring_above=0", "mining.warmup=0", "optimiser.lr=0.1")
+    run_ranks(run, 2, whole)
+    lines = metrics(whole)
+    assert lines[-1]["mined_fraction"] > 0
+    assert lines[-1]["gathered_bytes"] > 0
+    if "mining.compare=feature" in mining:
+        assert 0 <= lines[-1]["agreement"] <= 1
+    config = stop_after(whole, 6, tmp_path / "b")
+    run_ranks(run, 2, config)
+    assert_same_end(whole, config)
+
+
+def test_a_pool_of_one_rank_mines_its_own_images_only(finished: Config, tmp_path: Path) -> None:
+    manifest = f"data.manifest={finished.data.manifest}"
+    config = tiny_config(tmp_path, manifest, "mining.pool=rank", "train.epochs=1")
+    run_ranks(run, 2, config)
+    assert metrics(config)[-1]["gathered_bytes"] == 0
+    assert metrics(config)[-1]["mined_fraction"] > 0
+
+
 def test_adamw_on_two_ranks_with_zero_resumes_bit_for_bit(finished: Config, tmp_path: Path) -> None:
     manifest = f"data.manifest={finished.data.manifest}"
     whole = tiny_config(tmp_path / "a", manifest, "train.zero_stage=2", "optimiser.name=adamw", "optimiser.lr=0.002")
@@ -213,6 +249,11 @@ def test_unlabelled_images_train_and_leave_rates_out(tmp_path: Path) -> None:
         (["train.global_batch=1"], 1, ["train.global_batch=1", "batch norm"]),
         (["optimiser.lr=0.1"], 1, ["optimiser.lr", "0.3 -> 0.1", "name="]),
         (["mining.policy=none", "seed=4"], 1, ["mining.policy tracin -> none", "seed 0 -> 4"]),
+        (["mining.k=16"], 1, ["mining.k=16", "pool of 16", "1 to 15"]),
+        (["mining.k=8", "mining.pool=rank"], 2, ["mining.k=8", "pool of 8", "mining.pool=global"]),
+        (["mining.k=8", "mining.pool=node"], 4, ["pool of 8"]),
+        (["mining.queue=15"], 1, ["mining.queue=15", "16"]),
+        (["mining.policy=tracin_cp", "train.keep_checkpoints=1"], 1, ["tracin_cp", "train.keep_checkpoints to 2"]),
     ],
 )
 def test_what_cannot_work_is_said_first(
@@ -220,10 +261,10 @@ def test_what_cannot_work_is_said_first(
 ) -> None:
     config = tiny_config(Path(finished.folder), *overrides)
     with pytest.raises(UserError) as error:
-        check_run(config, read_manifest(config.data.manifest), world_size)
+        check_run(config, read_manifest(config.data.manifest), World(0, world_size, 0, 2 if world_size == 4 else 1))
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_what_does_not_alter_the_run_may_change(finished: Config) -> None:
     config = tiny_config(Path(finished.folder), "train.log_every=5", "data.workers=3", "monitor.wandb=offline")
-    check_run(config, read_manifest(config.data.manifest), 2)
+    check_run(config, read_manifest(config.data.manifest), World(0, 2, 0, 2))

@@ -92,7 +92,7 @@ def findings(study: Study, found: Influences) -> list[str]:
     if not np.isnan(shares[2]):
         texts = ["none" if np.isnan(share) else f"{share:.3f}" for share in shares]
         said.append(
-            f"Share of labels that agree with the image's: proponents {texts[0]}, opponents {texts[1]}, "
+            f"Share with the label of the image they are named for: proponents {texts[0]}, opponents {texts[1]}, "
             f"chance {texts[2]}."
         )
     most, different = (int(number) for number in in_degree(found.proponents.index))
@@ -101,7 +101,7 @@ def findings(study: Study, found: Influences) -> list[str]:
         f"{len(study.numbers):,}."
     )
     if study.note:
-        said.append(study.note[0].upper() + study.note[1:])
+        said.append(study.note)
     if study.run.optimiser.name == "adamw":
         said.append("The run used AdamW, so a score is gradient similarity, not first-order influence.")
     return said
@@ -179,7 +179,7 @@ def _explained(study: Study, found: Influences, position: int) -> Explained:
             Related(
                 thumbnail(other := others.read(number)),
                 label_text(other, study.manifest),
-                sign * score,
+                f"{sign * score:+.3f}" if study.config.normalise else f"{sign * score:+.2g}",
                 same_label(sample, other, study.manifest),
             )
             for number, score in list(pairs)[:NUM_SHOWN]

@@ -13,7 +13,7 @@ class Related:
     image: bytes
     """PNG."""
     label: str
-    score: float
+    score: str
     agrees: bool | None
     """Whether its label is the explained image's; None without labels."""
 

@@ -43,7 +43,7 @@ def pretrain(config: Config) -> Path:
     """
     world = world_from_environment()
     manifest = read_manifest(config.data.manifest)
-    check_run(config, manifest, world.size)
+    check_run(config, manifest, world)
     device = _claim_device(config, world)
     preflight(device)
     with process_group(world, device):
@@ -177,8 +177,9 @@ class _Run:
         if self.world.is_main:
             networks = {"online": self.engine.module, "target": self.target}
             model = {f"{name}.{key}": t for name, net in networks.items() for key, t in net.state_dict().items()}
-            queue = self.miner.queue.state() if self.miner.queue else {}
-            parts = {"model": model, "optimiser": optimiser, "queue": queue}
+            parts = {"model": model, "optimiser": optimiser}
+            if self.miner.queue:
+                parts["queue"] = self.miner.queue.state()
             state = {
                 "dataset": self.manifest.fingerprint(),
                 "lr": lr,
