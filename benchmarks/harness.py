@@ -12,13 +12,16 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from tracekin.monitor.environment import cpu_name
 
@@ -59,6 +62,20 @@ def compare(candidates: Mapping[str, Callable[[], object]], *, pairs: int = 9, w
         "pair_ratio": summary([b / a for a, b in times]),
         "ratio": statistics.median(times_second) / statistics.median(times_first),
     }
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Most bytes that a call holds at once beyond what was there before it, as the CPU allocator reports them."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler complains of missing GPUs
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        found.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    most: int = max(accumulate((change for _, change in changes), initial=0))
+    return most
 
 
 def summary(values: list[float]) -> dict[str, float]:

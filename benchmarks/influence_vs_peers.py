@@ -25,24 +25,18 @@ Exit code 1: a bound or the agreement was missed. The machine should do nothing 
 beside other processes the two threads may share a core, which costs the fast ones most (OMP_PROC_BIND=true helps).
 """
 
-import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import accumulate
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from captum.influence import TracInCPFast
 from torch import Tensor, nn
 from torch.func import grad, vmap
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
-from benchmarks.harness import arguments, compare, finish, seconds
+from benchmarks.harness import arguments, compare, finish, peak_bytes, seconds
 from tracekin.influence import gradient_factors, pairwise_tracin
 from tracekin.model.byol import byol_loss
 
@@ -147,20 +141,6 @@ def products(case: Case) -> tuple[Tensor, Tensor]:
     """The bound: all inner products of activations, and as many of vectors as long as the deltas."""
     h_NH, d_ND = case.hidden.flatten(0, 1), case.target.flatten(0, 1)
     return h_NH @ h_NH.T, d_ND @ d_ND.T
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """Most bytes that a call holds at once beyond what was there before it, as the CPU allocator reports them."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler complains of missing GPUs
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        function()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        found.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
-    most: int = max(accumulate((change for _, change in changes), initial=0))
-    return most
 
 
 def difference(scores: Tensor, others: Tensor) -> float:

@@ -54,16 +54,16 @@ def test_peak_bytes_counts_what_is_held_at_once() -> None:
         return [torch.ones(100, 100) for _ in range(3)]
 
     before = torch.ones(100, 100)
-    assert peers.peak_bytes(before.relu_) == 0
-    assert peers.peak_bytes(one_after_another) == size
-    assert peers.peak_bytes(together) == 3 * size
+    assert harness.peak_bytes(before.relu_) == 0
+    assert harness.peak_bytes(one_after_another) == size
+    assert harness.peak_bytes(together) == 3 * size
 
 
 def test_torch_func_holds_every_gradient_and_ours_none() -> None:
     case = peers.draw(16, 2, 512, 32)
     assert case.gradients_bytes == 16 * (512 * 32 + 32) * 4
-    assert case.gradients_bytes <= peers.peak_bytes(lambda: peers.torch_func(case)) <= 1.2 * case.gradients_bytes
-    assert peers.peak_bytes(lambda: peers.ours(case)) < 0.1 * case.gradients_bytes
+    assert case.gradients_bytes <= harness.peak_bytes(lambda: peers.torch_func(case)) <= 1.2 * case.gradients_bytes
+    assert harness.peak_bytes(lambda: peers.ours(case)) < 0.1 * case.gradients_bytes
 
 
 @pytest.mark.parametrize(
