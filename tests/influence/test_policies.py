@@ -26,6 +26,23 @@ def one_block(policy: str, rows: Candidates, columns: Candidates, exclude_group:
 
 def test_every_policy_of_the_configuration_is_there() -> None:
     assert {*POLICIES, "none"} == set(get_args(Policy))
+    several = {
+        "ghost": "layers",
+        "ghost_cosine": "layers",
+        "tracin_cp": "checkpoints",
+        "tracin_cp_cosine": "checkpoints",
+    }
+    one = dict.fromkeys(("tracin", "tracin_cosine", "agreement"), "last")
+    assert {name: POLICIES[name].gradients for name in GRADIENTS} == several | one
+
+
+def test_a_part_is_of_every_column() -> None:
+    whole = naive.candidates(6, layers=2, supports=1)._replace(weight=torch.rand(6))
+    part = whole.part(slice(2, 5))
+    for found, of in zip((*part.factors[1], *part[1:]), (*whole.factors[1], *whole[1:]), strict=True):
+        assert torch.equal(found, of[2:5])  # type: ignore[arg-type, index]
+    assert len(part.factors) == 2
+    assert whole._replace(weight=None, support=None).part(slice(2, 5))[5:] == (None, None)
 
 
 @pytest.mark.parametrize("exclude_group", [True, False])

@@ -46,6 +46,15 @@ def test_tracin_is_exact_close_to_the_target() -> None:
     assert same_inputs <= 2e-6
 
 
+def test_delta_is_the_gradient_at_the_layers_output() -> None:
+    hidden, prediction, target = torch.randn(4, 2, 6), torch.randn(4, 2, 5).requires_grad_(), torch.randn(4, 2, 5)
+    loss = (2 - 2 * torch.nn.functional.cosine_similarity(prediction, target, dim=-1)).sum()
+    (expected,) = torch.autograd.grad(loss, prediction)
+    factors = gradient_factors(hidden, prediction, target)
+    torch.testing.assert_close(factors.delta, expected)
+    assert torch.equal(factors.hidden, hidden)
+
+
 def test_normalised_tracin_is_the_cosine_of_gradients() -> None:
     rows, columns = (naive.candidates(images, seed=images).factors[0] for images in (5, 7))
     truth_R, truth_C = naive.materialised(rows), naive.materialised(columns)
