@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
 from itertools import accumulate
 from pathlib import Path
@@ -117,17 +117,20 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def finish(name: str, result: Mapping[str, Any], *, save: bool = False) -> None:
+def finish(name: str, result: Mapping[str, Any], *, save: bool = False, shown: Collection[str] | None = None) -> None:
     """Print the result line by line, then it all as one JSON object on the last line; with ``save`` write it too.
 
     Args:
         name: the benchmark's name, and its file's.
         result: JSON-like; put the claim's ratio last.
         save: write ``benchmarks/results/NAME.json``.
+        shown: keys that get a line, where tables have said the rest; None is all.
     """
     record = {"benchmark": name, "environment": environment(), **result}
     print(f"{name} on {record['environment']['gpu'] or record['environment']['cpu']}")
     for key, value in result.items():
+        if shown is not None and key not in shown:
+            continue
         print(f"  {key}: {_readable(value)}")
     line = json.dumps(record, allow_nan=False)
     if save:
