@@ -41,6 +41,10 @@ def test_shipped_configs_load_and_state_only_differences(path: Path) -> None:
         ("name=.", ["name", "relative path"]),
         ("optimiser.lr=-1", ["optimiser.lr", "above 0"]),
         ("mining.warmup=1.5", ["mining.warmup", "0 <= x <= 1"]),
+        ("mining.k=0", ["mining.k=0", "1 or more"]),
+        ("mining.layers=5", ["mining.layers=5", "1 to 4"]),
+        ("mining.support_views=2", ["mining.support_views=2", "mining.policy=fnc"]),
+        ("mining.compare=tracin", ["mining.compare=tracin", "feature, fnc, group, oracle, random, none"]),
         ("data.augment.blur=[0.5]", ["blur", "2"]),
         ("name=../elsewhere", ["name", "relative path"]),
         ("train.epochs", ["train.epochs", "key=value"]),
@@ -52,6 +56,19 @@ def test_mistakes_are_named(override: str, words: list[str]) -> None:
         load(Config, None, [override])
     assert all(word in str(error.value) for word in words), str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("mining", "words"),
+    [
+        (["queue=64", "pool=node"], ["mining.queue=64", "mining.pool=global"]),
+        (["queue=64", "policy=tracin_cp"], ["mining.queue=64", "mining.policy=tracin_cp"]),
+    ],
+)
+def test_what_mining_cannot_combine(mining: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        load(Config, None, [f"mining.{one}" for one in mining])
+    assert all(word in str(error.value) for word in words), str(error.value)
 
 
 @pytest.mark.parametrize("name", ["on", "12:30", "2024_01", "1.10", "2024-01-02", "'quoted'", "0x1f"])

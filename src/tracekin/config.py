@@ -166,6 +166,11 @@ class MiningConfig:
             _require(getattr(self, key) >= 0, f"mining.{key}", getattr(self, key), "0 or more")
         if self.queue and self.pool != "global":
             raise UserError(f"mining.queue={self.queue} remembers the global pool; it needs mining.pool=global.")
+        if self.queue and self.policy.startswith("tracin_cp"):
+            raise UserError(
+                f"mining.queue={self.queue} remembers gradients under other checkpoints than those that"
+                f" mining.policy={self.policy} sums over; set mining.queue=0."
+            )
         if self.support_views and "fnc" not in (self.policy, self.compare):
             raise UserError(
                 f"mining.support_views={self.support_views}: only mining.policy=fnc lets them vote; set it to 0."

@@ -23,6 +23,17 @@ CHARTS = (
         "hit_rate",
         "chance_rate",
     ),
+    (
+        "Different positives",
+        "Share of mined positives that are different images; a fall means hubs, images that many anchors choose.",
+        "distinct_fraction",
+    ),
+    (
+        "Decided choices",
+        "By how much of its score the best candidate leads the second; dashed is how often mining.compare agrees.",
+        "score_gap",
+        "agreement",
+    ),
     ("Effective rank", "How many directions the projections use; a fall towards 1 is collapse.", "effective_rank"),
     ("Target spread", "Standard deviation of the projections: 1 is spread evenly, 0 is collapsed.", "target_std"),
 )

@@ -1,8 +1,10 @@
-"""Voting of support views, as false-negative cancellation finds its false negatives (Huynh et al., arXiv 2011.11765).
+"""Support views that vote, after false-negative cancellation (FNC; Huynh et al., arXiv 2011.11765).
 
 Each support view of the anchor votes for the images whose target projection, in any of their views, it resembles with a
-cosine above THRESHOLD (0.7 there). The score is the number of votes, ties decided by the mean cosine; an image without
-a vote is no positive. Support views are the anchor's two views and ``mining.support_views`` more. Control: ``feature``.
+cosine above THRESHOLD. The score is the number of votes, ties decided by the mean cosine; an image without a vote is no
+positive. Support views are the anchor's two views and ``mining.support_views`` more. FNC's public code compares eight
+support views and both views by their largest cosine, above 0.7 and among the ten best; counting votes is our reading.
+Control: ``feature``.
 """
 
 import torch

@@ -17,8 +17,8 @@ def score(pool: Pool) -> Score:
     """Inner products of gradients, summed over the layers or checkpoints that the candidates carry."""
 
     def block(part: slice) -> torch.Tensor:
-        columns = pool.columns.part(part).factors
-        return reduce(torch.add, map(pairwise_tracin, pool.rows.factors, columns))
+        layers = zip(pool.rows.factors, pool.columns.part(part).factors, strict=True)
+        return reduce(torch.add, (pairwise_tracin(rows, columns) for rows, columns in layers))
 
     return block
 
