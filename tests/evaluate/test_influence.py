@@ -243,6 +243,23 @@ def test_a_failure_leaves_nothing_behind(run: Path, tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_one_checkpoint_that_outweighs_the_others_is_named(manifest: Manifest, tmp_path: Path) -> None:
+    decayed = make_run(tmp_path / "decayed", manifest, {3: 0.3, 6: 0.003})
+    for weight, named in (("lr", True), ("equal", False)):
+        _, _, said = ask(decayed, tmp_path / f"{weight}.parquet", config=replace(QUICK, weight=weight))
+        assert any(sentence.startswith("Step 3 carries 99.0%") for sentence in said) == named
+
+
+@pytest.mark.parametrize("garbage", [b"\xff" * 512, bytes(1024)])
+def test_a_damaged_shard_is_named(tmp_path: Path, garbage: bytes) -> None:
+    manifest = make_dataset(tmp_path / "data", train=10, val=4, size=20, channels=1)
+    run = make_run(tmp_path / "run", manifest, {3: 0.1})
+    shard = manifest.folder / "val-000000.tar"
+    shard.write_bytes(garbage + shard.read_bytes()[len(garbage) :])
+    with pytest.raises(UserError, match=r"val-000000.tar: the sample at byte 0 has no readable name: .*shards.verify"):
+        prepare(run, "val", replace(QUICK, images="00ff"))
+
+
 def test_what_cannot_be_asked(run: Path, manifest: Manifest, tmp_path: Path) -> None:
     known = keys(manifest, "val")[2]
     for changes, words in (

@@ -20,6 +20,8 @@ from tracekin.monitor.influence_page import Explained, InfluencePage, Related, r
 
 NUM_SHOWN = 5
 """Proponents and opponents of an image on the page."""
+DOMINANT = 0.9
+"""Share of the weight from which on one checkpoint is said to speak for all."""
 METADATA = b"tracekin"
 """The key of the Parquet file's metadata under which ``facts`` lies as JSON."""
 
@@ -100,6 +102,13 @@ def findings(study: Study, found: Influences) -> list[str]:
         f"{different:,} different images are proponents; the most frequent is one for {most:,} of "
         f"{len(study.numbers):,}."
     )
+    heaviest = max(study.checkpoints, key=lambda weighed: weighed.weight)
+    share = heaviest.weight / sum(weighed.weight for weighed in study.checkpoints)
+    if len(study.checkpoints) > 1 and share > DOMINANT:
+        said.append(
+            f"Step {heaviest.step:,} carries {share:.1%} of the checkpoints' weight, its learning rate being the highest; "
+            "weight=equal shares it."
+        )
     if study.note:
         said.append(study.note)
     if study.run.optimiser.name == "adamw":
