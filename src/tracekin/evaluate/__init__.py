@@ -1,1 +1,1 @@
-"""Scores of a finished run: frozen features, weighted kNN, linear probe, bootstrap by group, table and report; influence of training images."""
+"""Scores of a finished run (frozen features, kNN, linear probe, table and report) and its images' influence."""

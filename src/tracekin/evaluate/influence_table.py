@@ -106,8 +106,8 @@ def findings(study: Study, found: Influences) -> list[str]:
     share = heaviest.weight / sum(weighed.weight for weighed in study.checkpoints)
     if len(study.checkpoints) > 1 and share > DOMINANT:
         said.append(
-            f"Step {heaviest.step:,} carries {share:.1%} of the checkpoints' weight, its learning rate being the highest; "
-            "weight=equal shares it."
+            f"Step {heaviest.step:,} carries {share:.1%} of the checkpoints' weight by its learning rate; weight=equal "
+            "shares it."
         )
     if study.note:
         said.append(study.note)
