@@ -25,7 +25,7 @@ ALLOWED = {
 ONE_DOOR = {
     "deepspeed": {"src/tracekin/train/engine.py"},
     "wandb": {"src/tracekin/monitor/sinks.py"},
-    "omegaconf": {"src/tracekin/config.py"},
+    "omegaconf": {"src/tracekin/config/loader.py"},
     "submitit": {"launch"},
     "torch.distributed": {"src/tracekin/distributed/collectives.py", "src/tracekin/distributed/group.py"},
 }

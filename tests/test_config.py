@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracekin.config import Config, EvaluateConfig, UserError, load, to_dict, to_yaml
+from tracekin.config import Config, EvaluateConfig, InfluenceConfig, UserError, load, to_dict, to_yaml
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -112,11 +112,11 @@ def test_every_field_has_its_sentence() -> None:
     import ast
     import inspect
 
-    from tracekin import config as module
+    from tracekin.config import knobs as module
 
     classes = {n.name: n for n in ast.parse(inspect.getsource(module)).body if isinstance(n, ast.ClassDef)}
     undocumented = []
-    for schema in (Config, EvaluateConfig):
+    for schema in (Config, EvaluateConfig, InfluenceConfig):
         stack = [schema]
         while stack:
             current = stack.pop()

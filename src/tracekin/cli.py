@@ -29,7 +29,7 @@ def pretrain(config: str, overrides: tuple[str, ...]) -> None:
 
     One process: tracekin pretrain CONFIG. Several: torchrun --nproc-per-node N
     -m tracekin.cli pretrain CONFIG, or srun. Every key and its meaning stands in
-    tracekin/config.py; KEY=VALUE overrides CONFIG, for example train.epochs=3.
+    tracekin/config/knobs.py; KEY=VALUE overrides CONFIG: train.epochs=3.
     """
     loaded = load(Config, config, overrides)
     # Known to be wrong in a blink, or after seconds of importing torch and DeepSpeed.
@@ -87,8 +87,8 @@ def influence(run: Path, overrides: tuple[str, ...], split: str, out: Path) -> N
     For each image of a split: the training images whose loss gradients agree most
     with its own (proponents) and those most opposed (opponents), summed over the
     run's checkpoints (TracInCP). Writes a Parquet table, and beside it an HTML page
-    of the pictures. Keys: InfluenceConfig in tracekin/config.py; for example k=20
-    images=KEY,KEY normalise=false.
+    of the pictures. Keys: InfluenceConfig in tracekin/config/knobs.py; for example
+    k=20 images=KEY,KEY normalise=false.
     """
     config = load(InfluenceConfig, None, overrides)
     _require_run(run)

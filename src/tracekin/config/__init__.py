@@ -1,0 +1,41 @@
+"""Configuration: knobs.py is the page of every knob, loader.py reads YAML files and overrides into it.
+
+A YAML file states only its difference from the defaults.
+"""
+
+from tracekin.config.errors import UserError
+from tracekin.config.knobs import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    InfluenceConfig,
+    MiningConfig,
+    ModelConfig,
+    MonitorConfig,
+    ObjectiveConfig,
+    OptimiserConfig,
+    Policy,
+    TrainConfig,
+)
+from tracekin.config.loader import flat, load, to_dict, to_yaml
+
+__all__ = [
+    "AugmentConfig",
+    "Config",
+    "DataConfig",
+    "EvaluateConfig",
+    "InfluenceConfig",
+    "MiningConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "ObjectiveConfig",
+    "OptimiserConfig",
+    "Policy",
+    "TrainConfig",
+    "UserError",
+    "flat",
+    "load",
+    "to_dict",
+    "to_yaml",
+]

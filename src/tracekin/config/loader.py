@@ -1,0 +1,165 @@
+"""From the defaults, a YAML file and ``key=value`` overrides to a frozen object; the only importer of omegaconf."""
+
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tracekin.config.errors import UserError
+
+T = TypeVar("T")
+
+
+def load(schema: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Build a config: the schema's defaults, then the YAML file, then ``key=value`` overrides.
+
+    Args:
+        schema: a frozen dataclass.
+        path: YAML file that states its difference from the defaults, or None.
+        overrides: ``key=value`` with dots between levels and YAML values, such as ``train.epochs=3``.
+
+    Returns:
+        A plain ``schema`` object.
+
+    Raises:
+        UserError: missing or unreadable file, unknown key (with a suggestion), wrong type, value out of range.
+    """
+    merged = OmegaConf.structured(schema)
+    if path is not None:
+        merged = _merge(schema, merged, _read_yaml(Path(path)), str(path))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"{override!r} is not an override: write key=value, for example train.epochs=3.")
+        try:
+            parsed: Any = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"the value in {override!r} is not YAML: {_first_line(error)}.") from None
+        if _is_text(schema, key) and not isinstance(parsed, str | None):
+            parsed = value  # YAML takes on for True, 12:30 for 750 and 1.10 for 1.1
+        for part in reversed(key.split(".")):
+            parsed = {part: parsed}
+        merged = _merge(schema, merged, parsed, "the command line")
+    try:
+        loaded: T = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path or 'the configuration'}: {_first_line(error)}.") from None
+    for key, value in flat(to_dict(loaded)):
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{path or 'the configuration'}: {key}={number} is not a finite number.")
+    return loaded
+
+
+def to_yaml(config: object) -> str:
+    """The config as YAML, every key resolved; ``load`` reads it back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: object) -> dict[str, Any]:
+    """The config as plain nested dictionaries, lists and scalars."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"no such config file: {path}.{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read config file {path}: {error}.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {type(content).__name__}, not key: value lines.")
+    return content
+
+
+def _merge(schema: type, base: Any, extra: dict[str, Any], where: str) -> Any:
+    _check_keys(schema, extra, "", where)
+    try:
+        for leaf in _leaves(extra):  # one by one, so that an error without a key can be given one
+            extra = leaf
+            base = OmegaConf.merge(base, leaf)
+        return base
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        key = getattr(error, "full_key", None) or _key_of(extra)
+        raise UserError(f"{where}: {key}: {_first_line(error)}.") from None
+
+
+def _check_keys(schema: type, extra: dict[str, Any], prefix: str, where: str) -> None:
+    known = {f.name: f for f in fields(schema)}
+    for key, value in extra.items():
+        full = f"{prefix}{key}"
+        if key not in known:
+            every = _all_keys(schema, prefix)
+            near = (
+                difflib.get_close_matches(full, every, 1, 0.6)
+                or [k for k in _all_keys(schema, "") if not prefix and k.split(".")[-1] == key][:1]
+            )
+            hint = f"did you mean {near[0]}?" if near else f"accepted here: {', '.join(known)}."
+            raise UserError(f"{where}: unknown key {full}; {hint}")
+        inner = known[key].type
+        if isinstance(inner, type) and is_dataclass(inner):
+            if not isinstance(value, dict):
+                inside = ", ".join(f.name for f in fields(inner))
+                raise UserError(f"{where}: {full} is a section, not a value; accepted in it: {inside}.")
+            _check_keys(inner, value, f"{full}.", where)
+        elif _is_text(schema, key) and not isinstance(value, str | None):
+            raise UserError(f"{where}: YAML reads {full} as {value!r}; put the text in quotes.")
+
+
+def _leaves(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from ({key: leaf} for leaf in _leaves(value))
+        else:
+            yield {key: value}
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested dictionaries."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _is_text(schema: type, key: str) -> bool:
+    """Whether the field of a dotted key is text."""
+    first, _, rest = key.partition(".")
+    kind = next((f.type for f in fields(schema) if f.name == first), None)
+    if rest:
+        return isinstance(kind, type) and is_dataclass(kind) and _is_text(kind, rest)
+    return kind in (str, str | None)
+
+
+def _key_of(leaf: dict[str, Any]) -> str:
+    key, value = next(iter(leaf.items()))
+    return f"{key}.{_key_of(value)}" if isinstance(value, dict) else key
+
+
+def _all_keys(schema: type, prefix: str) -> list[str]:
+    keys = []
+    for f in fields(schema):
+        keys.append(prefix + f.name)
+        if isinstance(f.type, type) and is_dataclass(f.type):
+            keys += _all_keys(f.type, f"{prefix}{f.name}.")
+    return keys
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".")
