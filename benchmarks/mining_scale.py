@@ -15,7 +15,7 @@ One rank's 256 rows choose by TracIn from a pool that exists: two views, activat
   GB/s, its share of a measured step (! above 1 %), and the shortest step in s for which it stays within 1 %. Nothing is
   taken off for what travels while something else is computed: activations during the target's forward pass, and a
   ring's next block while this one is scored. The measured step is a GPU's where benchmarks/results has one, else one on
-  this machine's CPU.
+  this machine's CPU, which says little of a GPU's share; the shortest step holds for any.
 
 `ratio`: the slope, the largest peak over 512 MiB, and the worst of counted bytes over the formula. Exit code 1: one of
 the bounds was missed. About three minutes on 2 cores that do nothing else; sizes that do not fit in memory are left
@@ -251,6 +251,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="columns, multiples of the rows")
     parser.add_argument("--rounds", type=int, default=3, help="timed calls of each size and mode (%(default)s)")
     parser.add_argument("--memory", type=float, default=6.0, help="GB that it may use (%(default)s)")
+    parser.add_argument("--step", type=float, help="seconds of a step to compare with, instead of a measured one")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     shape = Shape(*(getattr(options, name) for name in Shape._fields))
@@ -264,7 +265,7 @@ def main() -> None:
     print_scale(found)
     few = shape._replace(rows=min(shape.rows, 32))
     ranks = check_ranks(run_ranks(receive_every, 2, few), few)
-    step = read_step(shape, options.threads)
+    step = {"seconds": options.step, "of": "given"} if options.step else read_step(shape, options.threads)
     rows = transfers(shape, step["seconds"])
     print_transfers(rows, step, reach(rows))
     result = summarise(
