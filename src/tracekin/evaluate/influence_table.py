@@ -169,7 +169,8 @@ def _page(study: Study, found: Influences, said: Sequence[str]) -> InfluencePage
     return InfluencePage(
         title=f"Influence in {study.run.name}",
         subtitle=(
-            f"{count:,} {study.split} images of {study.manifest.name} against {study.manifest.count(config.against):,} "
+            f"{count:,} {study.split} {'image' if count == 1 else 'images'} of {study.manifest.name} against "
+            f"{study.manifest.count(config.against):,} "
             f"{config.against} images: {measure}, summed over the checkpoints of steps {steps}"
         ),
         findings=said,
