@@ -173,7 +173,7 @@ def test_without_a_learning_rate_checkpoints_count_the_same(manifest: Manifest, 
     rows, facts, said = ask(silent, tmp_path / "silent.parquet")
     assert facts["learning_rates"] == [0.2, None]
     assert facts["weights"] == [1, 1]
-    assert any("no learning rate of step 6" in sentence for sentence in said)
+    assert any("step 6 records no learning rate" in sentence for sentence in said)
     assert any("AdamW" in sentence for sentence in said)
     equal, _, _ = ask(silent, tmp_path / "equal.parquet", config=replace(QUICK, weight="equal"))
     assert rows == equal

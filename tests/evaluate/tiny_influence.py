@@ -1,6 +1,5 @@
 """Run folders with tiny networks of every kind that influence needs, and a float64 loop that says what it means."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,23 +22,21 @@ RATES = {3: 0.2, 6: 0.05}
 
 
 def make_run(folder: Path, manifest: Manifest, rates: dict[int, float | None] = RATES, optimiser: str = "sgd") -> Path:
-    """Write a run whose networks are drawn anew for each checkpoint; a rate of None is left out of metrics.jsonl."""
+    """Write a run whose networks are drawn anew for each checkpoint; a rate of None is left out."""
     data = DataConfig(manifest=str(manifest.folder / "manifest.json"), image_size=16, channels=1)
     config = Config(
         name=folder.name, folder=str(folder.parent), data=data, model=MODEL, optimiser=OptimiserConfig(name=optimiser)
     )
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))
-    lines = [{"step": step, "loss": 1.0, "lr": rate} for step, rate in rates.items() if rate is not None]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     views = next(augmented_batches(manifest, "train", data, seed=5, batch=manifest.count("train"), workers=0)).views
-    for step in rates:
+    for step, rate in rates.items():
         torch.manual_seed(step)
         networks = {"online": Online(MODEL, 1), "target": Target(Online(MODEL, 1))}
         for network in networks.values():
             learn_statistics(network, views)
         tensors = {f"{name}.{key}": t for name, network in networks.items() for key, t in network.state_dict().items()}
-        state = {"dataset": manifest.fingerprint()}
+        state = {"dataset": manifest.fingerprint()} | ({} if rate is None else {"lr": rate})
         checkpoint.save(folder, step, {"model": tensors, "optimiser": {}}, state, keep=len(rates))
     return folder
 

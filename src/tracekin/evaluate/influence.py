@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ from tracekin.config import Config, InfluenceConfig, UserError, load
 from tracekin.data.decode import ShardReader
 from tracekin.data.manifest import Manifest, read_manifest
 from tracekin.data.stream import Batch, augmented_batches
-from tracekin.evaluate.summary import read_metrics
 from tracekin.influence.candidates import Candidates, Pool
 from tracekin.influence.gradients import Factors, gradient_factors, normalised
 from tracekin.influence.mining import Best, Mined, chunks
@@ -44,7 +43,7 @@ class Weighed(NamedTuple):
     folder: Path
     step: int
     lr: float | None
-    """The learning rate of the step that led to it; None if metrics.jsonl does not say."""
+    """The learning rate of the step that led to it; None if it does not say."""
     weight: float
 
 
@@ -113,7 +112,7 @@ def prepare(run_folder: Path, split: str, config: InfluenceConfig) -> Study:
             where = manifest.folder / "manifest.json"
             raise UserError(f"{folder} was trained on other shards than {where} holds; name its own: manifest=PATH.")
     steps = [int(state["step"]) for state in states]
-    rates, weights, note = _weights(run_folder, steps, config.weight)
+    rates, weights, note = _weights(states, config.weight)
     weighed = [Weighed(*item) for item in zip(folders, steps, rates, weights, strict=True)]
     return Study(run, manifest, split, numbers, weighed, note, config)
 
@@ -212,8 +211,7 @@ def _networks(run: Config, weighed: Weighed, device: torch.device) -> Networks:
 
 def _checkpoints(run_folder: Path, newest: int) -> list[Path]:
     """The complete checkpoints, oldest first; the ``newest`` of them, or all if that is 0."""
-    folder = run_folder / "checkpoints"
-    complete = [path for path in sorted(folder.glob("step-*")) if (path / "state.json").is_file()]
+    complete = checkpoint.complete(run_folder)
     if not complete:
         raise UserError(f"{run_folder} has no complete checkpoint; let `tracekin pretrain` finish an epoch.")
     if newest > len(complete):
@@ -222,18 +220,16 @@ def _checkpoints(run_folder: Path, newest: int) -> list[Path]:
     return complete[-newest:]  # of 0 all
 
 
-def _weights(run_folder: Path, steps: Sequence[int], by: str) -> tuple[list[float | None], list[float], str | None]:
+def _weights(states: Sequence[dict[str, Any]], by: str) -> tuple[list[float | None], list[float], str | None]:
     """Each checkpoint's recorded learning rate, its weight, and a note where the rates cannot be the weights."""
-    lines = {line["step"]: line for line in read_metrics(run_folder)}
-    rates: list[float | None] = [lines.get(step, {}).get("lr") for step in steps]
+    rates: list[float | None] = [state.get("lr") for state in states]
     known = [rate for rate in rates if rate is not None]
     if by == "equal":
-        return rates, [1.0] * len(steps), None
-    if len(known) == len(steps) and sum(known) > 0:
+        return rates, [1.0] * len(states), None
+    if len(known) == len(states) and sum(known) > 0:
         return rates, known, None
-    missing = ", ".join(str(step) for step, rate in zip(steps, rates, strict=True) if not rate)
-    note = f"metrics.jsonl has no learning rate of step {missing}, so every checkpoint counts the same."
-    return rates, [1.0] * len(steps), note
+    missing = ", ".join(str(state["step"]) for state, rate in zip(states, rates, strict=True) if not rate)
+    return rates, [1.0] * len(states), f"The checkpoint of step {missing} records no learning rate: all count the same."
 
 
 def _numbers(manifest: Manifest, split: str, images: str) -> Sequence[int]:
