@@ -54,18 +54,18 @@ data/phantom/manifest.json: | $(STAMP)
 
 demo: $(STAMP) data/phantom/manifest.json
 	$(PRETRAIN) configs/demo.yaml name=demo/none mining.policy=none
-	$(PRETRAIN) configs/demo.yaml name=demo/tracin mining.policy=tracin
-	tracekin evaluate runs/demo/none runs/demo/tracin
-	tracekin report runs/demo/none runs/demo/tracin --out runs/demo
+	$(PRETRAIN) configs/demo.yaml name=demo/tracin_cosine mining.policy=tracin_cosine
+	tracekin evaluate runs/demo/none runs/demo/tracin_cosine
+	tracekin report runs/demo/none runs/demo/tracin_cosine --out runs/demo
 
 data/ham10000/manifest.json: | $(STAMP)
 	python -m shards.pack $(SOURCE) --recipe ham10000 --out data/ham10000
 
 ham10000: $(STAMP) data/ham10000/manifest.json
 	$(PRETRAIN) configs/pretrain/ham10000.yaml name=ham10000/none mining.policy=none
-	$(PRETRAIN) configs/pretrain/ham10000.yaml name=ham10000/tracin mining.policy=tracin
-	tracekin evaluate runs/ham10000/none runs/ham10000/tracin
-	tracekin report runs/ham10000/none runs/ham10000/tracin --out runs/ham10000
+	$(PRETRAIN) configs/pretrain/ham10000.yaml name=ham10000/tracin_cosine mining.policy=tracin_cosine
+	tracekin evaluate runs/ham10000/none runs/ham10000/tracin_cosine
+	tracekin report runs/ham10000/none runs/ham10000/tracin_cosine --out runs/ham10000
 
 test: $(STAMP)
 	python -m pytest $(if $(DATA),--data=$(DATA))
@@ -77,7 +77,9 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	python -m benchmarks.influence_exactness
+	OMP_PROC_BIND=true python -m benchmarks.influence_vs_peers
 	python -m benchmarks.mining_overhead
+	python -m benchmarks.mining_scale
 	python -m benchmarks.phantom_fairness
 
 gpu: export PYTHONPATH := src:$(PYTHONPATH)

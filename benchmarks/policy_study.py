@@ -60,6 +60,7 @@ from tracekin.train.schedule import lr_at
 SEED, FIRST_EPOCH = 20230531, 1000
 """Of the images and their views: the same for every run, an epoch that no run has seen."""
 NAMES = tuple(POLICIES)
+SHOWN = ("run", "dataset", "trained_with", "batches", "pool", "epochs", "preferred", "tied", "macro_chance", "ratio")
 
 
 def draw_images(run: Config, manifest: Manifest, num: int, pool: int, device: torch.device) -> Images:
@@ -247,7 +248,7 @@ def main() -> None:
         parser.error(str(error))
     print_rest(result)
     print()
-    finish("policy_study", plain(result), save=options.save)
+    finish("policy_study", plain(result), save=options.save, shown=SHOWN)
 
 
 def _names(text: str) -> list[str]:

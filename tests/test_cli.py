@@ -96,12 +96,12 @@ def test_the_whole_way(project: Path) -> None:
     assert "is finished" in again.stdout
     scored = tracekin("evaluate", "runs/way", "knn_k=3", "linear_c=[0.1]", "workers=0", cwd=project)
     assert scored.returncode == 0, scored.stderr
-    assert all(word in scored.stdout for word in ("pixels", "untrained", "tracin", "k 3", "T 0.07"))
+    assert all(word in scored.stdout for word in ("pixels", "untrained", "tracin_cosine", "k 3", "T 0.07"))
     assert max(map(len, scored.stdout.splitlines())) <= 80
     reported = tracekin("report", "runs/way", "--out", "out", cwd=project)
     assert reported.returncode == 0, reported.stderr
     summary = json.loads((project / "out" / "summary.json").read_text())
-    assert [row["method"] for row in summary["rows"]] == ["pixels", "untrained", "tracin"]
+    assert [row["method"] for row in summary["rows"]] == ["pixels", "untrained", "tracin_cosine"]
     assert "data:image/svg+xml" in (project / "out" / "index.html").read_text()
 
 

@@ -65,6 +65,7 @@ def tiny_config(folder: Path, *overrides: str) -> Config:
             "train.keep_checkpoints=9",
             "optimiser.lr=0.3",
             "monitor.wandb=disabled",
+            "mining.policy=tracin",
             *overrides,
         ],
     )

@@ -103,7 +103,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class MiningConfig:
-    policy: Policy = "tracin"
+    policy: Policy = "tracin_cosine"
     """Score that chooses the additional positives; `none` is plain BYOL. Files of tracekin/influence/policies."""
     weight: float = 0.25
     """Weight of the mined term beside the BYOL loss (our reading of the paper)."""
