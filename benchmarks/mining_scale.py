@@ -18,8 +18,7 @@ One rank's 256 rows choose by TracIn from a pool that exists: two views, activat
   this machine's CPU, which says little of a GPU's share; the shortest step holds for any.
 
 `ratio`: the slope, the largest peak over 512 MiB, and the worst of counted bytes over the formula. Exit code 1: one of
-the bounds was missed. About three minutes on 2 cores that do nothing else; sizes that do not fit in memory are left
-out.
+the bounds was missed. Sizes that do not fit in memory are left out. About 75 s on 2 cores that do nothing else.
 """
 
 import json
