@@ -161,7 +161,12 @@ def test_blocks_that_a_ring_holds_are_counted(monkeypatch: pytest.MonkeyPatch) -
     assert 2 <= mining_scale.ring_blocks(TINY) <= 4
     hoard = []
     start_shift = collectives.start_shift
-    monkeypatch.setattr(collectives, "start_shift", lambda *one: hoard.append(start_shift(*one)) or hoard[-1])
+
+    def hoarding(*arguments: Any) -> Any:
+        hoard.append(start_shift(*arguments))
+        return hoard[-1]
+
+    monkeypatch.setattr(collectives, "start_shift", hoarding)
     assert mining_scale.ring_blocks(TINY) == pytest.approx(7, abs=0.1)
 
 
