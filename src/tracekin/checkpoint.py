@@ -96,14 +96,12 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_part(checkpoint: Path, part: str) -> dict[str, Tensor]:
-    """The tensors of one of PARTS, on the CPU; none of the queue where nothing was remembered.
+    """The tensors of one of PARTS, on the CPU.
 
     Raises:
         UserError: if the file is missing or damaged.
     """
     path = checkpoint / f"{part}.safetensors"
-    if part == "queue" and not path.exists():
-        return {}
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except Exception as error:  # safetensors' own exception type, or OSError: a damaged file either way

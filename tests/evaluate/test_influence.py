@@ -260,6 +260,12 @@ def test_a_damaged_shard_is_named(tmp_path: Path, garbage: bytes) -> None:
         prepare(run, "val", replace(QUICK, images="00ff"))
 
 
+def test_more_than_fits_is_said_before_anything_runs(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else 1000)
+    with pytest.raises(UserError, match=r"images under 2 checkpoints take .* GiB.*images=KEY"):
+        prepare(run, "val", QUICK)
+
+
 def test_what_cannot_be_asked(run: Path, manifest: Manifest, tmp_path: Path) -> None:
     known = keys(manifest, "val")[2]
     for changes, words in (

@@ -137,22 +137,22 @@ def test_mining_is_bit_equal(k: int, chunk: int) -> None:
 def test_choices_and_what_becomes_of_them_are_equal(policy: str) -> None:
     """Every policy on scores that are exact in fp32, so that the same ties stand on both: to the bit.
 
-    The pool arrives out of order, a queue that it overflows behind it; a second step sees what the first left there.
+    The pool arrives out of order, a queue behind it; a second step sees what the first left there.
     """
     columns = naive.whole_numbers(90, layers=3, seed=1)
     found = []
     for device in (CPU, GPU):
-        pool, queue = moved(columns, device), Queue(40, half_life=1.0)
+        pool, queue = moved(columns, device), Queue(100, half_life=1.0)
         blocks = [Block(start, pool.part(slice(start, start + 30))) for start in (30, 0, 60)]
         tensors = []
         for step in (1, 2):
-            old = queue.columns(step)
+            old = queue.columns(step, pool.ids)
             past = [] if old is None else [Block(90, old)]
             seen = [*past, *blocks]
             mined = choose(policy, pool, seen, seed=1, step=step, exclude_group=True, k=3, chunk=16)
             list(queue.recording(iter(blocks), step))
             tensors += [*mined, positive_weights(mined), *keep_mutual(mined, mined.index, 0)]
-            tensors += [*keep_above(mined, mined.score, 0.5), *in_degree(mined.index)]
+            tensors += [*keep_above(mined, mined.score, 0.5), *in_degree(mined.index, len(columns.ids))]
             if old is None:
                 tensors += hit_and_chance(mined, pool, pool, True, chunk=20)
         found.append([x.cpu() for x in (*tensors, *queue.state().values())])

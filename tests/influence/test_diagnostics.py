@@ -47,9 +47,11 @@ def test_without_labels_there_is_no_hit_rate() -> None:
 @given(columns_chosen)
 def test_in_degree_equals_a_count(chosen: list[int]) -> None:
     counts = Counter(column for column in chosen if column >= 0)
-    most, different = in_degree(torch.tensor(chosen)[:, None])
-    assert most == max(counts.values(), default=0)
-    assert different.item() == len(counts) or math.isclose(different, len(counts), rel_tol=1e-6)
+    for num_images in (7, 150, 5000):
+        degree = in_degree(torch.tensor(chosen)[:, None], num_images)
+        assert degree.most == max(counts.values(), default=0)
+        assert degree.different.item() == len(counts) or math.isclose(degree.different, len(counts), rel_tol=1e-6)
+        assert degree.held == sum(sorted(counts.values(), reverse=True)[: math.ceil(num_images / 100)])
 
 
 @given(columns_chosen, columns_chosen)

@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from tests.influence import naive
 from tracekin.influence import Block, Candidates, Factors, Queue
 
+NOBODY = torch.empty(0, dtype=torch.int64)
+ID = -3  # where sample_rows has the id
+
 
 def sample_rows(side: Candidates) -> list[tuple[object, ...]]:
     """Each image as values that compare."""
@@ -33,18 +36,19 @@ def push(queue: Queue, pool: Candidates, step: int, cuts: list[int], order: list
 
 @given(
     st.data(),
-    st.integers(1, 14),
+    st.integers(0, 8),
     st.lists(st.integers(1, 9), max_size=7),
     st.integers(0, 3),
     st.integers(0, 2),
     st.sampled_from([0.0, 2.5]),
 )
 def test_holds_the_last_samples_with_their_ages(
-    data: st.DataObject, size: int, pools: list[int], layers: int, classes: int, half_life: float
+    data: st.DataObject, more: int, pools: list[int], layers: int, classes: int, half_life: float
 ) -> None:
-    """Batches that do not divide N, or are larger than it, before and after it is full, and over a restart."""
+    """Batches that do not divide N, before and after it is full, and over a restart."""
+    size = max(pools, default=1) + more
     queue, everything = Queue(size, half_life), []
-    assert queue.columns(0) is None
+    assert queue.columns(0, NOBODY) is None
     step = 0
     for number, images in enumerate(pools):
         step += data.draw(st.integers(1, 3))
@@ -59,11 +63,16 @@ def test_holds_the_last_samples_with_their_ages(
             queue = Queue(size, half_life)
             queue.load(saved, torch.device("cpu"))
         now = step + data.draw(st.integers(0, 5))
-        kept = queue.columns(now)
+        kept = queue.columns(now, NOBODY)
         assert kept is not None
         assert len(kept.factors) == layers
         ages = [1.0] * len(kept.ids) if kept.weight is None else kept.weight.tolist()
-        expected = [(row, 0.5 ** ((now - then) / half_life) if half_life else 1.0) for row, then in everything[-size:]]
+        last = everything[-size:]
+        newest = {row[ID]: then for row, then in last}
+        expected = [
+            (row, (0.5 ** ((now - then) / half_life) if half_life else 1.0) * (then == newest[row[ID]]))
+            for row, then in last
+        ]
         found = list(zip(sample_rows(kept), ages, strict=True))
         assert [row for row, _ in sorted(found)] == [row for row, _ in sorted(expected)]
         torch.testing.assert_close(*(torch.tensor([age for _, age in sorted(x)]) for x in (found, expected)))
@@ -75,7 +84,7 @@ def test_any_order_of_blocks_fills_the_same_places() -> None:
     for step in range(3):
         for queue, order in zip(queues, ([0, 1, 2, 3], [2, 1, 0, 3], [3, 0, 2, 1]), strict=True):
             push(queue, batch(8, 2, 1, step), step, [2, 4, 6], order)
-    first, *others = (sample_rows(queue.columns(3)) for queue in queues)  # type: ignore[arg-type]
+    first, *others = (sample_rows(queue.columns(3, NOBODY)) for queue in queues)  # type: ignore[arg-type]
     assert others == [first, first]
 
 
@@ -83,11 +92,23 @@ def test_a_block_is_kept_only_after_it_was_scored() -> None:
     """The oldest samples are candidates until they are overwritten, so a step sees all of them."""
     queue = Queue(4)
     push(queue, batch(4, 1, 1, 0), 0, [], [0])
-    old = queue.columns(1)
+    old = queue.columns(1, NOBODY)
     assert old is not None
     before, after = sample_rows(old), sample_rows(batch(4, 1, 1, 1))
     blocks = queue.recording(iter([Block(0, batch(4, 1, 1, 1))]), 1)
     next(blocks)
     assert sample_rows(old) == before
     assert next(blocks, None) is None
-    assert sample_rows(queue.columns(1)) == after  # type: ignore[arg-type]
+    assert sample_rows(queue.columns(1, NOBODY)) == after  # type: ignore[arg-type]
+
+
+def test_only_the_newest_copy_of_an_image_counts() -> None:
+    """Seen again, in the queue or in the current pool, its older copies are no candidates."""
+    queue = Queue(12)
+    for step in range(3):
+        push(queue, batch(4, 1, 1, 0), step, [], [0])  # the same four images
+    for present, weights in ((NOBODY, [0.0] * 8 + [1.0] * 4), (batch(4, 1, 1, 0).ids[:2], [0.0] * 10 + [1.0] * 2)):
+        old = queue.columns(3, present)
+        assert old is not None
+        assert old.weight is not None
+        assert old.weight.tolist() == weights

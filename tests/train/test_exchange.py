@@ -59,10 +59,10 @@ def expected_pool(way: str, rank: int) -> Candidates:
     start = rank * EACH // size * size
     pool = everyone().part(slice(start, start + size))
     layers = []
-    for layer in pool.factors:
+    for number, layer in enumerate(pool.factors):
         hidden = layer.hidden
         if way == "sketch_ring":
-            hidden = sketched(hidden, sketch_matrix(hidden.shape[-1], DIM, hidden.device))
+            hidden = sketched(hidden, sketch_matrix(hidden.shape[-1], DIM, hidden.device, number))
         narrow = torch.bfloat16 if way == "bf16" else torch.float32
         layers.append(Factors(hidden.to(narrow), layer.delta.to(narrow)))
     return pool._replace(factors=tuple(layers))

@@ -114,19 +114,22 @@ class MiningConfig:
     k: int = 1
     """Positives an image, each weighted by its share of their scores."""
     keep: Literal["all", "mutual", "quantile"] = "all"
-    """Keep every positive, those that chose the anchor too, or those whose score reaches `quantile` of the step's."""
+    """Keep every positive, those that chose the anchor too (a remembered image cannot), or those whose score reaches
+    `quantile` of the step's."""
     quantile: float = 0.5
     """With keep=quantile: the share of positives, from the lowest score, that is masked."""
     pool: Literal["rank", "node", "global"] = "global"
     """Which ranks' images are candidates: this rank's own, those of its node, or all."""
     transport: Literal["fp32", "bf16"] = "fp32"
-    """Precision in which gradient factors travel; bf16 halves the bytes and changes some choices (README, Mining)."""
+    """Precision in which gradient factors travel, for policies that use them; bf16 halves the bytes and changes some
+    choices (README, Mining)."""
     sketch_dim: int = 0
     """Width to which a fixed random projection brings the hidden activations before they travel; 0 sends them whole."""
     ring_above: int = 65536
-    """Columns above which hidden activations are not held but travel round a ring of ranks, block by block."""
+    """Columns above which hidden activations are not held but travel round a ring of ranks, block by block; the rest,
+    4 KiB a column at the default widths, is held in any case."""
     chunk: int = 4096
-    """Columns scored at a time; bounds the memory beyond the gathered pool."""
+    """Columns scored at a time; images a rank x chunk bounds the memory beyond the gathered pool."""
     queue: int = 0
     """Images of past steps that stay candidates, with the factors and targets of their step; 0 remembers none."""
     queue_half_life: float = 0.0

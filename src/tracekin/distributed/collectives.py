@@ -5,12 +5,15 @@ Nothing here carries gradients: mined targets are stop-gradients, and the loss n
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass
@@ -25,7 +28,10 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that exchange among themselves, on a communicator of their own, so that nothing else waits for them."""
+    """Ranks that exchange among themselves, on a communicator of their own, so that nothing else waits for them.
+
+    Every rank starts the collectives of all groups in the same order, which group.py has NCCL keep to.
+    """
 
     rank: int = 0
     """My place in the group."""
@@ -42,9 +48,9 @@ def open_group(extent: str, local_size: int) -> Group:
     if extent == "rank" or world_size() == 1 or (extent == "node" and local_size == 1):
         return Group()
     if extent == "global":
-        return Group(rank(), world_size(), dist.new_group())
+        return Group(rank(), world_size(), dist.new_group(timeout=TIMEOUT))
     assert world_size() % local_size == 0, (world_size(), local_size)
-    handle, _ = dist.new_subgroups(local_size)
+    handle, _ = dist.new_subgroups(local_size, timeout=TIMEOUT)
     return Group(rank() % local_size, local_size, handle)
 
 

@@ -8,11 +8,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from tracekin.distributed.collectives import TIMEOUT
 from tracekin.distributed.world import World, meeting_point
 
 
 @contextmanager
-def process_group(world: World, device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
+def process_group(world: World, device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[None]:
     """Initialise torch.distributed for the block (gloo on CPU, NCCL on CUDA); a world of one needs no launcher.
 
     Several ranks meet at torchrun's store, or where world.meeting_point says.
@@ -24,6 +25,9 @@ def process_group(world: World, device: torch.device, timeout: timedelta = timed
         yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
+    # Mining's exchange is on its way while batch norms reduce on another communicator: without an order that all ranks
+    # keep, two communicators can wait for each other.
+    os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     if world.size == 1:
         store = dist.HashStore()  # type: ignore[attr-defined]  # documented, but not in its __all__
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)

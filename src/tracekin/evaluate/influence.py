@@ -12,6 +12,7 @@ Shape suffixes: V views, B images of a batch, R explained images, C images of a 
 
 import difflib
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -95,7 +96,8 @@ def prepare(run_folder: Path, split: str, config: InfluenceConfig) -> Study:
         config: settings of the search.
 
     Raises:
-        UserError: no run, no complete checkpoint, other shards than the run's, no such split or image, k too large.
+        UserError: no run, no complete checkpoint, other shards than the run's, no such split or image, k too large, or
+            more images and checkpoints than this machine's memory holds.
     """
     if not (run_folder / "config.yaml").is_file():
         raise UserError(f"{run_folder} is no run: it has no config.yaml. Name what `tracekin pretrain` made.")
@@ -113,6 +115,7 @@ def prepare(run_folder: Path, split: str, config: InfluenceConfig) -> Study:
             raise UserError(f"{folder} was trained on other shards than {where} holds; name its own: manifest=PATH.")
     steps = [int(state["step"]) for state in states]
     rates, weights, note = _weights(states, config.weight)
+    _check_memory(run, len(numbers), len(folders), config.draws)
     weighed = [Weighed(*item) for item in zip(folders, steps, rates, weights, strict=True)]
     return Study(run, manifest, split, numbers, weighed, note, config)
 
@@ -218,6 +221,18 @@ def _checkpoints(run_folder: Path, newest: int) -> list[Path]:
         held = ", ".join(path.name for path in complete)
         raise UserError(f"checkpoints={newest} exceeds the {len(complete)} that {run_folder} holds ({held}); lower it.")
     return complete[-newest:]  # of 0 all
+
+
+def _check_memory(run: Config, images: int, checkpoints: int, draws: int) -> None:
+    """The explained images' factors are held for every checkpoint."""
+    width = run.model.predictor_hidden + run.model.projection
+    needed = images * checkpoints * 2 * draws * width * 4
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    if needed > limit:
+        raise UserError(
+            f"{images} images under {checkpoints} checkpoints take {needed / 2**30:.1f} GiB, more than half of this"
+            f" machine's memory; name some with images=KEY,..., or use fewer checkpoints=N or draws=N."
+        )
 
 
 def _weights(states: Sequence[dict[str, Any]], by: str) -> tuple[list[float | None], list[float], str | None]:

@@ -97,7 +97,8 @@ def findings(study: Study, found: Influences) -> list[str]:
             f"Share with the label of the image they are named for: proponents {texts[0]}, opponents {texts[1]}, "
             f"chance {texts[2]}."
         )
-    most, different = (int(number) for number in in_degree(found.proponents.index))
+    degree = in_degree(found.proponents.index, len(found.searched.ids))
+    most, different = int(degree.most), round(float(degree.different))
     said.append(
         f"{different:,} different images are proponents; the most frequent is one for {most:,} of "
         f"{len(study.numbers):,}."

@@ -25,11 +25,16 @@ class Candidates(NamedTuple):
     support: Tensor | None = None
     """[B, S, D] target projections of the rows' views that vote, more than V perhaps; None is ``target``."""
 
+    @property
+    def small(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is known of every image and takes few bytes: target, ids, groups, labels."""
+        return self.target, self.ids, self.groups, self.labels
+
     def part(self, part: slice) -> "Candidates":
         """The images of a slice, as views of the same memory."""
         return Candidates(
             tuple(Factors(hidden[part], delta[part]) for hidden, delta in self.factors),
-            *(column[part] for column in (self.target, self.ids, self.groups, self.labels)),
+            *(column[part] for column in self.small),
             *(None if column is None else column[part] for column in (self.weight, self.support)),
         )
 

@@ -1,5 +1,8 @@
 """How good the mined positives are; everything stays on the device."""
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -44,20 +47,31 @@ def hit_and_chance(
     return hit, sharing / total
 
 
-def in_degree(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Hubs: how often the most chosen image was chosen, and how many different images were.
+class InDegree(NamedTuple):
+    """Hubs, fp32 scalars on the device; 0 where nothing was chosen."""
+
+    most: Tensor
+    """How often the most chosen image was chosen."""
+    different: Tensor
+    """How many different images were chosen."""
+    held: Tensor
+    """How many choices fell on the most chosen hundredth of all images."""
+
+
+def in_degree(ids: Tensor, num_images: int) -> InDegree:
+    """How often images were chosen.
 
     Args:
         ids: int64, the chosen images' ids of all ranks, any shape; -1 for none.
-
-    Returns:
-        Both fp32 scalars on the device; 0 where nothing was chosen.
+        num_images: that could be chosen.
     """
     ordered = ids.flatten().sort().values
     left, right = (torch.searchsorted(ordered, ordered, side=side) for side in ("left", "right"))
     chosen = ordered >= 0
     count = torch.where(chosen, right - left, 0).float()
-    return count.max(), torch.where(chosen, 1 / count, 0).sum()
+    first = torch.where(left == torch.arange(len(ordered), device=left.device), count, 0)  # each image once
+    hundredth = min(math.ceil(num_images / 100), len(ordered))
+    return InDegree(count.max(), torch.where(chosen, 1 / count, 0).sum(), first.topk(hundredth).values.sum())
 
 
 def score_gap(score: Tensor) -> Tensor:

@@ -62,11 +62,8 @@ class Best:
         for part in chunks(len(column_ids), self.chunk):
             allowed = eligible(self.row_ids, column_ids, self.row_groups, column_groups, part)
             keys = _sortable(score(part), start + part.start, allowed)
-            if self.k == 1:  # a maximum is several times faster than a top-k
-                self.keys = torch.maximum(self.keys, keys.amax(1, keepdim=True))
-            else:
-                best = keys.topk(min(self.k, keys.shape[1])).values
-                self.keys = torch.cat((self.keys, best), 1).topk(self.k).values
+            best = keys.topk(min(self.k, keys.shape[1])).values
+            self.keys = torch.cat((self.keys, best), 1).topk(self.k).values
         self.num_columns += len(column_ids)
 
     def mined(self) -> Mined:

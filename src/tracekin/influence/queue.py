@@ -8,15 +8,17 @@ from torch import Tensor
 from tracekin.influence.candidates import Block, Candidates
 from tracekin.influence.gradients import Factors
 
+LAST_STEP = 2**32 - 1
+
 
 class Queue:
     """The last ``size`` samples of the pool, on the device; the oldest are overwritten.
 
-    What is kept is what travelled: factors and targets as they were, so an entry is as old as its step. All ranks keep
-    the same, in the order of the global batch.
+    What is kept is what travelled: factors and targets as they were, so an entry is as old as its step. Of an image
+    that was seen again only the newest copy counts. All ranks keep the same, in the order of the global batch.
 
     Args:
-        size: samples kept.
+        size: samples kept, at least a pool.
         half_life: steps after which a score counts half; 0 keeps the full weight.
     """
 
@@ -25,12 +27,20 @@ class Queue:
         self.written = 0
         self.slots: dict[str, Tensor] = {}
 
-    def columns(self, step: int) -> Candidates | None:
-        """What is remembered, weighted by its age at ``step``; None while there is nothing."""
+    def columns(self, step: int, present: Tensor) -> Candidates | None:
+        """What is remembered, weighted by its age at ``step``; None while there is nothing.
+
+        Args:
+            step: the current one.
+            present: [P] int64 ids of the images of the current pool; their older copies weigh 0.
+        """
         if not self.slots:
             return None
         kept = {name: slot[: self.written] for name, slot in self.slots.items()}
-        weight = torch.exp2((kept["step"] - step) / self.half_life) if self.half_life else None
+        age = step - kept["step"]
+        weight = torch.exp2(-age / self.half_life) if self.half_life else torch.ones_like(age, dtype=torch.float32)
+        ids, seen = torch.cat((kept["ids"], present)), torch.cat((kept["step"], torch.full_like(present, step)))
+        weight = torch.where(_superseded(ids, seen)[: len(age)], 0, weight)
         num_layers = sum(name.startswith("hidden.") for name in kept)
         factors = tuple(Factors(kept[f"hidden.{i}"], kept[f"delta.{i}"]) for i in range(num_layers))
         return Candidates(factors, kept["target"], kept["ids"], kept["groups"], kept["labels"], weight)
@@ -41,10 +51,8 @@ class Queue:
         for block in blocks:
             yield block
             first = start + block.start
+            self._write(block.columns, first, step)
             end = max(end, first + len(block.columns.ids))
-            # A pool larger than the queue comes back to the same places: there the latest samples stay.
-            stale = max(end - self.size - first, 0)
-            self._write(block.columns.part(slice(stale, None)), first + stale, step)
         self.written = end
 
     def state(self) -> dict[str, Tensor]:
@@ -70,3 +78,10 @@ class Queue:
             if name not in self.slots:
                 self.slots[name] = tensor.new_zeros(self.size, *tensor.shape[1:])
             self.slots[name].index_copy_(0, places, tensor.detach())
+
+
+def _superseded(ids: Tensor, steps: Tensor) -> Tensor:
+    """Whether an image is there once more with a later step: bool, of the shape of ``ids``; nothing synchronises."""
+    ordered = (ids << 32 | steps).sort().values
+    newest = ordered[torch.searchsorted(ordered, ids << 32 | LAST_STEP, side="right") - 1] & LAST_STEP
+    return newest > steps

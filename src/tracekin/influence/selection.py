@@ -44,4 +44,5 @@ def keep_above(mined: Mined, everyones_score: Tensor, quantile: float) -> Mined:
 
 
 def _keep(mined: Mined, kept: Tensor) -> Mined:
+    # Places stay as they were: a dropped best leaves a gap before the second.
     return Mined(torch.where(kept, mined.index, -1), torch.where(kept, mined.score, 0))

@@ -8,12 +8,13 @@ from tracekin.influence.precision import exact, widen
 SEED = 0x7E57
 
 
-def sketch_matrix(width: int, dim: int, device: torch.device) -> Tensor:
+def sketch_matrix(width: int, dim: int, device: torch.device, layer: int = 0) -> Tensor:
     """[width, dim] fp32 of signs / sqrt(dim) (Achlioptas, 2003): E[(h S) . (g S)] = h . g; the same on every rank.
 
-    The error of one product is about |h| |g| / sqrt(dim).
+    The error of one product is about |h| |g| / sqrt(dim). Each ``layer`` has signs of its own, so that the errors of
+    several layers do not add up.
     """
-    generator = torch.Generator().manual_seed(SEED)  # on the CPU, so that every device draws the same signs
+    generator = torch.Generator().manual_seed(SEED + layer)  # on the CPU, so that every device draws the same signs
     signs = torch.randint(0, 2, (width, dim), generator=generator) * 2 - 1
     matrix: Tensor = signs * dim**-0.5
     return matrix.to(device, torch.float32)

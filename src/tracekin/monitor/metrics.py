@@ -56,7 +56,10 @@ class Meter:
     def add(self, **values: Tensor | float) -> None:
         """Add one scalar a name; every rank must use the same names in the same order."""
         for name, value in values.items():
-            value = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()
+            if isinstance(value, Tensor):
+                value = value.detach().to(torch.float64)
+            else:  # filled there: a copy of a number from the host would wait for all work queued before it
+                value = torch.full((), value, dtype=torch.float64, device=self.device)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def flush(self) -> dict[str, float]:

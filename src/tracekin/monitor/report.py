@@ -25,8 +25,9 @@ CHARTS = (
     ),
     (
         "Different positives",
-        "Share of mined positives that are different images; a fall means hubs, images that many anchors choose.",
+        "Share of mined positives that are different images; dashed is the share that the most chosen hundredth holds.",
         "distinct_fraction",
+        "hub_share",
     ),
     (
         "Decided choices",

@@ -57,6 +57,11 @@ def _check_mining(config: Config, manifest: Manifest, world: World) -> None:
             f"mining.k={mining.k} positives cannot be chosen from a pool of {pool} images, the anchor among them;"
             f" accepted is 1 to {pool - 1}. Use a larger train.global_batch{wider}."
         )
+    if mining.sketch_dim >= config.model.predictor_hidden:
+        raise UserError(
+            f"mining.sketch_dim={mining.sketch_dim} does not narrow model.predictor_hidden="
+            f"{config.model.predictor_hidden}; use fewer, or 0 to send activations whole."
+        )
     if 0 < mining.queue < batch:
         raise UserError(
             f"mining.queue={mining.queue} cannot hold one global batch of {batch}; accepted is 0, or {batch} and more."

@@ -2,7 +2,8 @@
 
 The hidden activations are almost all of the bytes (their width against the projection's): they leave as soon as they
 are known, on a communicator of their own, while the target network still computes. Up to ``mining.ring_above`` columns
-every rank holds them all; above, they go round a ring of ranks block by block, and no rank holds more than three.
+every rank holds them all; above, they go round a ring of ranks block by block, and no rank holds more than three beside
+its own.
 
 Shape suffixes: B images of this rank, P images of the pool, V views, H width of the activations.
 """
@@ -33,7 +34,7 @@ class Exchange:
         self.mining, self.group, self.traffic = mining, group, Traffic()
         self.hidden: list[HiddenBlocks] = []
         self.deltas: list[Tensor] = []
-        self.matrices: dict[int, Tensor] = {}
+        self.matrices: dict[tuple[int, int], Tensor] = {}
 
     def send(self, hidden_BVH: Tensor) -> Tensor:
         """Let a layer's activations leave; they arrive with ``blocks``.
@@ -51,13 +52,12 @@ class Exchange:
 
     def gather(self, rows: Candidates) -> Candidates:
         """All that is small: the pool's columns without factors, in rank order; deltas are kept for ``blocks``."""
-        small = (rows.target, rows.ids, rows.groups, rows.labels)
         deltas = [self._narrow(layer.delta) for layer in rows.factors]
         # All leave before the first is waited for.
-        waiting = [collectives.start_gather(tensor, self.traffic, self.group) for tensor in (*small, *deltas)]
+        waiting = [collectives.start_gather(tensor, self.traffic, self.group) for tensor in (*rows.small, *deltas)]
         arrived = [wait() for wait in waiting]
-        self.deltas = arrived[len(small) :]
-        return Candidates((), *arrived[: len(small)])
+        self.deltas = arrived[len(rows.small) :]
+        return Candidates((), *arrived[: len(rows.small)])
 
     def blocks(self, columns: Candidates) -> Iterator[Block]:
         """The pool's columns with their factors, as the hidden activations arrive; to be read to the end.
@@ -70,19 +70,20 @@ class Exchange:
         if not layers:
             yield Block(0, columns)
             return
-        for arrived in zip(*layers, strict=True):
-            start, first = arrived[0]
+        for start, first in layers[0]:
+            hidden = [first, *(next(layer)[1] for layer in layers[1:])]  # zip would hold on to a block for longer
             part = slice(start, start + len(first))
-            factors = tuple(Factors(h, delta[part]) for (_, h), delta in zip(arrived, deltas, strict=True))
+            factors = tuple(Factors(h, delta[part]) for h, delta in zip(hidden, deltas, strict=True))
             yield Block(start, columns.part(part)._replace(factors=factors))
 
     def _sketch(self, hidden_BVH: Tensor) -> Tensor:
         dim, width = self.mining.sketch_dim, hidden_BVH.shape[-1]
         if not 0 < dim < width:
             return hidden_BVH
-        if width not in self.matrices:
-            self.matrices[width] = sketch_matrix(width, dim, hidden_BVH.device)
-        return sketched(hidden_BVH, self.matrices[width])
+        key = (width, len(self.hidden))  # each layer of a step has its own signs
+        if key not in self.matrices:
+            self.matrices[key] = sketch_matrix(width, dim, hidden_BVH.device, len(self.hidden))
+        return sketched(hidden_BVH, self.matrices[key])
 
     def _narrow(self, factor: Tensor) -> Tensor:
         return factor.to(torch.bfloat16) if self.mining.transport == "bf16" else factor

@@ -76,9 +76,10 @@ class History:
     def __init__(self, count: int) -> None:
         self.snapshots: deque[tuple[Online, Target, float]] = deque(maxlen=count)
 
-    def remember(self, online: Online, target: Target, lr: float) -> None:
-        """Copy both networks as they are; the oldest copy goes."""
+    def remember(self, online: Online, target: Target, lr: float) -> tuple[Online, Target]:
+        """Copy both networks as they are; the oldest copy goes. Returns the copies."""
         self.snapshots.append((copy.deepcopy(online).requires_grad_(False), copy.deepcopy(target), lr))
+        return self.snapshots[-1][:2]
 
     @torch.no_grad()
     def gradients(self, views: Tensor) -> list[Factors]:

@@ -1,6 +1,5 @@
 """A pretraining run: what surrounds the step. One entry under python, torchrun and srun."""
 
-import copy
 import json
 import math
 import os
@@ -199,11 +198,12 @@ class _Run:
         if self.miner.queue:
             self.miner.queue.load(checkpoint.load_part(found, "queue"), self.device)
         if self.miner.history:
-            for path in checkpoint.complete(self.folder, up_to=found):
-                online, target = copy.deepcopy(self.engine.module), copy.deepcopy(self.target)
+            last = checkpoint.complete(self.folder, up_to=found)[-self.config.mining.checkpoints :]
+            for path in collectives.broadcast_object(last):
+                rate = checkpoint.load_state(path)["lr"]
+                online, target = self.miner.history.remember(self.engine.module, self.target, rate)
                 online.load_state_dict(checkpoint.load_model(path, "online."))
                 target.load_state_dict(checkpoint.load_model(path, "target."))
-                self.miner.history.remember(online, target, checkpoint.load_state(path)["lr"])
 
     def _open_folder(self) -> list[Any]:
         if not self.world.is_main:

@@ -93,14 +93,17 @@ class Miner:
         """
         columns = self.exchange.gather(rows)
         blocks = self.exchange.blocks(columns)
-        old = self.queue.columns(step) if self.queue else None
+        old = self.queue.columns(step, columns.ids) if self.queue else None
         if self.queue:
             blocks = self.queue.recording(blocks, step)
         if old is None:
             return columns, chain(blocks)
-        first = len(columns.ids)
-        small = [torch.cat((new, past)) for new, past in zip(columns[1:5], old[1:5], strict=True)]
-        return Candidates((), *small), chain([Block(first, old)], blocks)  # scored before it is overwritten
+        assert old.weight is not None
+        both = zip(columns.small, old.small, strict=True)
+        target, ids, groups, labels = (torch.cat((new, past)) for new, past in both)
+        weight = torch.cat((torch.ones_like(columns.ids, dtype=old.weight.dtype), old.weight))
+        # What is remembered comes first: it is scored before it is overwritten.
+        return Candidates((), target, ids, groups, labels, weight), chain([Block(len(columns.ids), old)], blocks)
 
     def choose(self, rows: Candidates, columns: Candidates, blocks: chain[Block], step: int) -> Mined:
         """The best columns of my rows: [B, k + 1] where the pool has as many, so that the runner-up is known."""

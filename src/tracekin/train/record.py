@@ -27,8 +27,8 @@ def measure(meter: Meter, losses: Losses, miner: Miner, step: int) -> None:
         return
     chosen = (found.mined.index >= 0).any(1)
     meter.add(num_anchors=float(len(chosen)), num_mined=chosen.sum(), num_positives=(found.mined.index >= 0).sum())
-    most, different = in_degree(collectives.gather(chosen_ids(found)))
-    meter.add(max_in_degree=most, num_distinct=different)
+    degree = in_degree(collectives.gather(chosen_ids(found)), len(found.columns.ids))
+    meter.add(max_in_degree=degree.most, num_distinct=degree.different, num_held=degree.held)
     if found.best.index.shape[1] > 1:
         gap = score_gap(found.best.score)
         meter.add(gap=gap.nansum(), num_gaps=gap.isfinite().sum())
@@ -57,16 +57,19 @@ def line(meter: Meter, losses: Losses, phases: dict[str, float], traffic: int, s
     def share(part: str, whole: str) -> float | None:
         return sums[part] / sums[whole] if sums.get(whole) and part in sums else None
 
+    def of_all(part: str) -> float | None:
+        """Every rank counted the choices of all ranks, but only its own positives."""
+        found = share(part, "num_positives")
+        return None if found is None else found / collectives.world_size()
+
     return {
         **{key: sums[key] / each for key in ("loss", "loss_byol", "loss_mined")},
         "hit_rate": share("hits", "num_mined"),
         "chance_rate": share("chance", "num_mined"),
         "mined_fraction": share("num_mined", "num_anchors"),
         "max_in_degree": sums["max_in_degree"] / each if "max_in_degree" in sums else None,
-        # Every rank counted the images of all ranks, but only its own positives.
-        "distinct_fraction": None
-        if (distinct := share("num_distinct", "num_positives")) is None
-        else distinct / collectives.world_size(),
+        "distinct_fraction": of_all("num_distinct"),
+        "hub_share": of_all("num_held"),
         "score_gap": share("gap", "num_gaps"),
         "agreement": share("same", "num_compared"),
         **spread(collectives.gather(losses.target_BVD)[:, 0]),
@@ -82,8 +85,9 @@ def gallery_pairs(found: Found, most: int) -> list[list[float]]:
 
     Evenly spaced over the batch rather than picked by score, for the report.
     """
-    ids = collectives.gather(torch.stack((found.rows.ids, chosen_ids(found)[:, 0]), 1)).tolist()
-    scores = collectives.gather(found.mined.score[:, 0]).tolist()
+    best = found.mined.score.argmax(1, keepdim=True)  # the first may have been dropped
+    chosen = torch.cat((found.rows.ids[:, None], chosen_ids(found).gather(1, best)), 1)
+    ids, scores = collectives.gather(chosen).tolist(), collectives.gather(found.mined.score.amax(1)).tolist()
     mined = [[anchor, other, score] for (anchor, other), score in zip(ids, scores, strict=True) if other >= 0]
     return mined[:: max(1, len(mined) // most)][:most]
 

@@ -1,4 +1,4 @@
-"""Influence and features agree: the product of the two cosines, where both are positive.
+"""Influence and features agree: the cosine of gradients times the summed cosines of features, both positive.
 
 An image that helps by its gradient but looks unlike the anchor, or the reverse, scores 0. Controls: ``tracin_cosine``
 and ``feature``, the two parts.

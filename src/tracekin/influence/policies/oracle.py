@@ -15,4 +15,4 @@ def score(pool: Pool) -> Score:
     return lambda part: draw(part) * shares_label(pool.rows.labels, pool.columns.labels[part])
 
 
-POLICY = Policy(score, labelled=True)
+POLICY = Policy(score)

@@ -19,5 +19,3 @@ class Policy(NamedTuple):
     """Gradients are brought to unit length, before they travel."""
     same_group: bool = False
     """Positives come from the anchor's own group: exclusion by group does not apply."""
-    labelled: bool = False
-    """The score reads labels."""
