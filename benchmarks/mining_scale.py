@@ -89,7 +89,8 @@ def narrowed(pool: Candidates) -> Candidates:
 
 
 def pick(rows: Candidates, blocks: Any) -> Tensor:
-    return choose("tracin", rows, blocks, seed=0, step=0, exclude_group=True).index
+    # Two columns a row, as a run takes them: the runner-up says how decided a choice is.
+    return choose("tracin", rows, blocks, seed=0, step=0, exclude_group=True, k=2).index
 
 
 def around_ring(rows: Candidates) -> Tensor:

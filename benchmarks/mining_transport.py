@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.harness import arguments, finish
 from benchmarks.policy_measures import Images, jackknife, micro
-from benchmarks.policy_study import Networks, Point, draw_images, find_checkpoints, plain, read_run
+from benchmarks.policy_study import Networks, Point, draw_images, find_checkpoints, numbers, plain, read_run
 from benchmarks.policy_tables import short
 from tracekin.config import MiningConfig, UserError
 from tracekin.data.stream import Batch
@@ -237,10 +237,10 @@ def _regret(value: float) -> str:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--epochs", type=int, nargs="+", default=[], help="checkpoints of these (default: the newest)")
-    parser.add_argument("--pools", type=int, nargs="+", default=POOLS, help="images a batch, 2 to 4096")
+    parser.add_argument("--epochs", type=numbers, default=[], help="checkpoints of these (default: the newest)")
+    parser.add_argument("--pools", type=numbers, default=POOLS, help="images a batch, 2 to 4096")
     parser.add_argument("--anchors", type=int, default=4096, help="at every pool size (%(default)s)")
-    parser.add_argument("--sketches", type=int, nargs="+", default=SKETCHES, help="values of mining.sketch_dim")
+    parser.add_argument("--sketches", type=numbers, default=SKETCHES, help="values of mining.sketch_dim")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if min(options.pools) < 2 or max(options.pools) > 4096 or min(options.sketches) < 1:

@@ -203,7 +203,9 @@ def find_checkpoints(folder: Path, run: Config, manifest: Manifest, epochs: Sequ
         state = checkpoint.load_state(path)
         if state["dataset"] != manifest.fingerprint():
             raise UserError(f"{path} was trained on other shards than {run.data.manifest} holds now.")
-        lr = lr_at(state["step"] - 1, run.train.epochs * per_epoch, warmup, peak)
+        lr = state.get("lr")
+        if lr is None:  # of a version that did not write it down
+            lr = lr_at(state["step"] - 1, run.train.epochs * per_epoch, warmup, peak)
         points.append(Point(state["step"] / per_epoch, lr, path))
     missing = sorted(set(epochs) - {point.epoch for point in points})
     if missing or not points:
@@ -234,7 +236,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--policies", type=_names, default=NAMES, help=f"of {','.join(NAMES)} (default: all)")
-    parser.add_argument("--epochs", type=_numbers, default=[], help="checkpoints of these epochs (default: all)")
+    parser.add_argument("--epochs", type=numbers, default=[], help="checkpoints of these epochs (default: all)")
     parser.add_argument("--batches", type=int, default=8, help="batches of images (%(default)s)")
     parser.add_argument("--pool", type=int, default=256, help="images a batch (%(default)s)")
     options = parser.parse_args()
@@ -258,11 +260,12 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _numbers(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
+    """An option's value such as 1,5,10."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ArgumentTypeError(f"{text} is no list of epochs; write for example 1,5,10.") from None
+        raise ArgumentTypeError(f"{text} is no list of numbers; write for example 1,5,10.") from None
 
 
 if __name__ == "__main__":

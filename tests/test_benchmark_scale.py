@@ -275,7 +275,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_the_transport_command(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--pools", "8", "12", "--anchors", "24", "--sketches", "2", "8", "--threads", "1"]
+    words = ["--pools", "8,12", "--anchors", "24", "--sketches", "2,8", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", ["mining_transport", str(run_folder), *words])
     mining_transport.main()
     *lines, last = capsys.readouterr().out.splitlines()
