@@ -1,6 +1,7 @@
 """The policy study: its statistics by hand, its suspects planted, and the whole command on a tiny run."""
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -291,6 +292,16 @@ def test_the_images_are_the_same_each_time_and_the_networks_are_not(run_folder: 
     assert first == again
     assert first["random"]["chance"] == second["random"]["chance"]  # type: ignore[index]
     assert first["tracin_cosine"] != second["tracin_cosine"]
+
+
+def test_a_checkpoint_weighs_by_the_rate_it_wrote_down(run_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    run, manifest = policy_study.read_run(folder)
+    first, second = (point.lr for point in policy_study.find_checkpoints(folder, run, manifest, []))
+    state = folder / "checkpoints" / "step-00000003" / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "lr": first + 1}))
+    found = policy_study.find_checkpoints(folder, run, manifest, [])
+    assert [point.lr for point in found] == [first + 1, second]  # the second's state knows none: the schedule's
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.train.tiny_run import BATCH, global_batch, miner, networks, rows_of
 from tracekin.config import ModelConfig, OptimiserConfig, Policy, TrainConfig
@@ -13,12 +14,28 @@ from tracekin.data.stream import Batch
 from tracekin.distributed import collectives
 from tracekin.distributed.world import World
 from tracekin.model.byol import Online, Target
-from tracekin.monitor.metrics import Clock
+from tracekin.monitor.metrics import Clock, Meter
+from tracekin.train.optimiser import build_optimiser
+from tracekin.train.record import measure
 from tracekin.train.step import Losses, byol_with_mined_positives
 
 POLICIES = get_args(Policy)
 STAGES = (0, 1, 2)
 MODEL = ModelConfig(projector_hidden=256, projection=64, predictor_hidden=256)
+UNWAITING: dict[str, dict[str, Any]] = {
+    **{policy: {"policy": policy} for policy in POLICIES},
+    "queue, sketch, k, mutual": {
+        "policy": "tracin",
+        "queue": 2 * BATCH,
+        "queue_half_life": 3.0,
+        "sketch_dim": 8,
+        "k": 2,
+        "keep": "mutual",
+    },
+    "quantile, compare": {"policy": "tracin_cosine", "keep": "quantile", "compare": "feature"},
+}
+"""By name, keys of ``mining`` with which a step must not wait for the device."""
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "bincount")
 
 
 @contextmanager
@@ -100,6 +117,63 @@ def engine_step(world: World, device: torch.device, policy: str, stage: int) -> 
     target.follow(engine.module, 0.9)
     updated = torch.cat([p.detach().flatten() for p in online.parameters()]).cpu()
     return {**one, "loss": collectives.total(one["loss"]) / world.size, "gradient": gradient, "updated": updated}
+
+
+class _Unread(TorchDispatchMode):
+    """On the CPU: an error at operators that would wait for a GPU, because the host needs what they find."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
+            place is not None and place.dtype in (torch.bool, torch.uint8) for place in args[1]
+        )
+        if name in WAITING or by_mask:
+            raise RuntimeError(f"{func} would wait for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_waiting(device: torch.device) -> Iterator[None]:
+    """A RuntimeError where the host waits for the device: by torch's own check on CUDA, by operator on the CPU."""
+    if device.type != "cuda":
+        with _Unread():
+            yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def unwaiting_step(device: torch.device, **mining: Any) -> dict[str, float]:
+    """Two steps with their updates and what is measured beside them, the second under ``no_waiting``.
+
+    Without DeepSpeed, whose own step waits for the device under ZeRO.
+
+    Returns:
+        The sums that were measured.
+    """
+    online, target = networks(torch.float32)
+    online, target = online.to(device), target.to(device)
+    batch, chooser, meter = global_batch(torch.float32).to(device), miner(online, **mining), Meter(device)
+    if chooser.history:
+        chooser.history.remember(online, target, 0.1)
+    optimiser = build_optimiser(online, OptimiserConfig(), 0)
+
+    def step(number: int) -> None:
+        losses = byol_with_mined_positives(online, target, batch, chooser, **context(device) | {"step": number})
+        losses.loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        target.follow(online, 0.9)
+        measure(meter, losses, chooser, number)
+
+    step(5)  # libraries start, constants and the queue are made
+    with no_waiting(device):
+        step(6)
+    return meter.flush()
 
 
 def described(losses: Losses) -> dict[str, Any]:
