@@ -1,5 +1,7 @@
 """Float64 loops that say what each policy means, and drawn candidates to hold them against."""
 
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import torch
@@ -33,7 +35,7 @@ def candidates(
     groups = torch.randint(1 + images // 3, (images,), generator=generator)[number]
     labels = (torch.rand(images, classes, generator=generator) < 0.4).to(torch.uint8)
     return Candidates(
-        tuple(factors),
+        tuple(factors[:layers]),
         target,
         100 + number,
         groups,
@@ -55,9 +57,9 @@ def whole_numbers(images: int, *, layers: int = 1, seed: int = 0) -> Candidates:
 
 
 def of_policy(policy: str, images: int, seed: int) -> Candidates:
-    """Candidates with the gradients that the policy asks for, not normalised."""
-    layers = {"none": 1, "last": 1, "layers": 3, "checkpoints": 2}[POLICIES[policy].gradients]
-    return candidates(images, layers=layers, supports=2 if policy == "fnc" else 0, seed=seed)
+    """Candidates with the gradients that the policy asks for, not normalised, and with views that may vote."""
+    layers = {"none": 0, "last": 1, "layers": 3, "checkpoints": 2}[POLICIES[policy].gradients]
+    return candidates(images, layers=layers, supports=2, seed=seed)
 
 
 def as_asked(policy: str, side: Candidates) -> Candidates:
@@ -66,23 +68,15 @@ def as_asked(policy: str, side: Candidates) -> Candidates:
 
 
 def score(policy: str, pool: Pool) -> Tensor:
-    """The policy's definition, [R, C] float64, from gradients that are not normalised."""
-    rows, columns, seed, step = pool
-    gradients = [torch.cat([materialised(layer) for layer in side.factors], 1) for side in (rows, columns)]
-    draws = random(rows.ids, columns.ids, seed, step)
-    definitions = {
-        "agreement": lambda: cosine(*gradients).clamp(min=0) * feature(rows.target, columns.target).clamp(min=0),
-        "feature": lambda: feature(rows.target, columns.target),
-        "fnc": lambda: votes(rows.target if rows.support is None else rows.support, columns.target),
-        "group": lambda: draws * torch.tensor([[float(i == j) for j in columns.groups] for i in rows.groups]),
-        "oracle": lambda: (
-            draws * torch.tensor([[float(same_label(i, j)) for j in columns.labels] for i in rows.labels])
-        ),
-        "random": lambda: draws,
-    }
-    inner = cosine if policy.endswith("_cosine") else lambda a, b: a @ b.T
-    found: Tensor = definitions[policy]() if policy in definitions else inner(*gradients)
-    return found if columns.weight is None else found * columns.weight.double()
+    """The policy's definition times the columns' weights, [R, C] float64, from gradients that are not normalised."""
+    found, weight = DEFINITIONS[policy](pool), pool.columns.weight
+    return found if weight is None else found * weight.double()
+
+
+def influence(pool: Pool, normalise: bool = False) -> Tensor:
+    """Inner products, or cosines, of the whole gradients."""
+    sides = [torch.cat([materialised(layer) for layer in side.factors], 1) for side in (pool.rows, pool.columns)]
+    return cosine(*sides) if normalise else sides[0] @ sides[1].T
 
 
 def materialised(factors: Factors) -> Tensor:
@@ -106,6 +100,11 @@ def feature(rows: Tensor, columns: Tensor) -> Tensor:
     for u, v in product(range(rows.shape[1]), range(columns.shape[1])):
         score += cosine(rows[:, u].double(), columns[:, v].double())
     return score
+
+
+def agreement(pool: Pool) -> Tensor:
+    look = feature(pool.rows.target, pool.columns.target)
+    return influence(pool, normalise=True).clamp(min=0) * look.clamp(min=0)
 
 
 def votes(support: Tensor, columns: Tensor) -> Tensor:
@@ -144,3 +143,34 @@ def is_eligible(rows: Candidates, i: int, columns: Candidates, j: int, exclude_g
     if rows.ids[i] == columns.ids[j]:
         return False
     return not (exclude_group and rows.groups[i] == columns.groups[j])
+
+
+def draws(pool: Pool) -> Tensor:
+    return random(pool.rows.ids, pool.columns.ids, pool.seed, pool.step)
+
+
+def same_group(pool: Pool) -> Tensor:
+    """Drawn among those of the group."""
+    return draws(pool) * torch.tensor([[float(i == j) for j in pool.columns.groups] for i in pool.rows.groups])
+
+
+def label_shared(pool: Pool) -> Tensor:
+    """Drawn among those that share a label."""
+    return draws(pool) * torch.tensor(
+        [[float(same_label(i, j)) for j in pool.columns.labels] for i in pool.rows.labels]
+    )
+
+
+DEFINITIONS: dict[str, Callable[[Pool], Tensor]] = {
+    **dict.fromkeys(("tracin", "tracin_cp", "ghost"), influence),
+    **dict.fromkeys(("tracin_cosine", "tracin_cp_cosine", "ghost_cosine"), partial(influence, normalise=True)),
+    "agreement": agreement,
+    "feature": lambda pool: feature(pool.rows.target, pool.columns.target),
+    "fnc": lambda pool: votes(
+        pool.rows.target if pool.rows.support is None else pool.rows.support, pool.columns.target
+    ),
+    "group": same_group,
+    "random": draws,
+    "oracle": label_shared,
+}
+"""What each policy is; a new one has a line here."""

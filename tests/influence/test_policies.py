@@ -14,8 +14,28 @@ from tracekin.config import Policy, UserError
 from tracekin.influence import POLICIES, Block, Candidates, Factors, Mined, Pool, choose, normalised, positive_weights
 
 SEED, STEP = 11, 5
-GRADIENTS = [name for name, policy in POLICIES.items() if policy.gradients != "none"]
-MEASURED = [*GRADIENTS, "feature", "fnc"]
+
+
+def reads(policy: str) -> set[str]:
+    """What decides a policy's score, found by changing one thing at a time in the columns."""
+    columns = naive.of_policy(policy, 12, seed=3)
+    changed = {
+        "target": columns._replace(target=columns.target.flip(0)),
+        "hidden": columns._replace(factors=tuple(Factors(h.flip(0), d) for h, d in columns.factors)),
+        "delta": columns._replace(factors=tuple(Factors(h, d.flip(0)) for h, d in columns.factors)),
+    }
+    was = scores(policy, columns, columns)
+    found = {name for name, side in changed.items() if not torch.equal(scores(policy, columns, side), was)}
+    return found | ({"seed"} if not torch.equal(scores(policy, columns, columns, SEED + 1), was) else set())
+
+
+def scores(policy: str, rows: Candidates, columns: Candidates, seed: int = SEED) -> torch.Tensor:
+    return POLICIES[policy].score(Pool(rows, columns, seed, STEP))(slice(0, len(columns.ids)))
+
+
+READS = {policy: reads(policy) for policy in POLICIES}
+GRADIENTS = [policy for policy in POLICIES if POLICIES[policy].gradients != "none"]
+MEASURED = [policy for policy in POLICIES if "seed" not in READS[policy]]
 """Policies that look at what the networks computed; the others draw."""
 
 
@@ -26,14 +46,21 @@ def one_block(policy: str, rows: Candidates, columns: Candidates, exclude_group:
 
 def test_every_policy_of_the_configuration_is_there() -> None:
     assert {*POLICIES, "none"} == set(get_args(Policy))
-    several = {
-        "ghost": "layers",
-        "ghost_cosine": "layers",
-        "tracin_cp": "checkpoints",
-        "tracin_cp_cosine": "checkpoints",
-    }
-    one = dict.fromkeys(("tracin", "tracin_cosine", "agreement"), "last")
-    assert {name: POLICIES[name].gradients for name in GRADIENTS} == several | one
+    assert naive.DEFINITIONS.keys() == POLICIES.keys()
+    assert len(MEASURED) > len(GRADIENTS) > 0
+    assert len(MEASURED) < len(POLICIES)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policies_read_what_they_ask_for(policy: str) -> None:
+    """Gradients cost bytes and time: whoever asks for them reads those of every layer, whoever does not has none."""
+    columns = naive.of_policy(policy, 12, seed=3)
+    assert bool(columns.factors) == bool(READS[policy] & {"hidden", "delta"})
+    was = scores(policy, columns, columns)
+    for number, layer in enumerate(columns.factors):
+        factors = [*columns.factors]
+        factors[number] = Factors(*(factor.flip(0) for factor in layer))
+        assert not torch.equal(scores(policy, columns, columns._replace(factors=tuple(factors))), was)
 
 
 def test_a_part_is_of_every_column() -> None:
@@ -97,7 +124,7 @@ def test_any_split_chooses_what_one_block_does(
     assert torch.equal(torch.cat([part.score for part in parts]), whole.score)
 
 
-@pytest.mark.parametrize("policy", [p for p in POLICIES if p not in ("random", "oracle", "group")])
+@pytest.mark.parametrize("policy", MEASURED)
 def test_ties_go_to_the_lowest_column_of_all_blocks(policy: str) -> None:
     one = naive.whole_numbers(1, layers=3, seed=1)
     ones = Candidates(
@@ -128,7 +155,7 @@ def test_broken_images_are_never_chosen(policy: str, broken: float, which: str) 
     mined = one_block(policy, asked, asked, False, k=4)
     assert mined.score.isfinite().all()
     assert (mined.index[[0, 1, 3]] >= 0).any()
-    if policy in GRADIENTS or (policy in MEASURED and which == "target"):
+    if "delta" in READS[policy] or (which == "target" and "target" in READS[policy]):
         assert not {*mined.index.flatten().tolist()} & {*bad}
         assert (mined.index[bad] == -1).all()
 
@@ -145,16 +172,12 @@ def test_any_float_type_scores_as_in_fp32(policy: str, rows_type: str, columns_t
         # Targets do not travel narrow: both sides are of one type.
         return side._replace(factors=factors, target=side.target.to(getattr(torch, rows_type)))
 
-    def score(rows: Candidates, columns: Candidates) -> torch.Tensor:
-        pool = Pool(rows, columns, SEED, STEP)
-        return POLICIES[policy].score(pool)(slice(0, 12))
-
     whole = naive.as_asked(policy, naive.of_policy(policy, 12, seed=3)._replace(support=None))
     columns_type = rows_type if columns_type == "same" else columns_type
     rows, columns = narrowed(whole, rows_type), narrowed(whole, columns_type)
-    found = score(rows, columns)
+    found = scores(policy, rows, columns)
     assert found.dtype == (torch.float64 if rows_type == "float64" else torch.float32)
-    expected = score(narrowed(rows, "float64"), narrowed(columns, "float64")).double()
+    expected = scores(policy, narrowed(rows, "float64"), narrowed(columns, "float64")).double()
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 

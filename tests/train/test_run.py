@@ -67,6 +67,7 @@ def tiny_config(folder: Path, *overrides: str) -> Config:
             "optimiser.lr=0.3",
             "monitor.wandb=disabled",
             "mining.policy=tracin",
+            "mining.compare=feature",
             *overrides,
         ],
     )
@@ -151,7 +152,7 @@ def test_resumed_losses_are_bit_identical(finished: Config, tmp_path: Path) -> N
     [
         ["mining.policy=tracin_cp_cosine", "mining.k=2"],
         ["mining.policy=ghost", "mining.queue=24", "mining.queue_half_life=2", "mining.transport=bf16"],
-        ["mining.policy=fnc", "mining.support_views=1", "mining.keep=mutual", "mining.compare=feature"],
+        ["mining.policy=fnc", "mining.support_views=1", "mining.keep=mutual"],
     ],
     ids=lambda mining: mining[0].rpartition("=")[2],
 )
@@ -163,8 +164,7 @@ def test_what_mining_remembers_survives_a_stop(finished: Config, tmp_path: Path,
     lines = metrics(whole)
     assert lines[-1]["mined_fraction"] > 0
     assert lines[-1]["gathered_bytes"] > 0
-    if "mining.compare=feature" in mining:
-        assert 0 <= lines[-1]["agreement"] <= 1
+    assert 0 <= lines[-1]["agreement"] <= 1
     config = stop_after(whole, 6, tmp_path / "b")
     run_ranks(run, 2, config)
     assert_same_end(whole, config)
@@ -193,6 +193,24 @@ def test_a_finished_run_does_nothing_again(finished: Config) -> None:
     assert (finished.run_folder / "metrics.jsonl").read_bytes() == before
 
 
+OF_THE_MACHINE = ("images_per_second", "data_wait_fraction", "gathered_bytes")
+COUNTED = ("hit_rate", "mined_fraction", "max_in_degree", "distinct_fraction", "hub_share", "score_gap", "agreement")
+"""What hangs on single choices: rounding may turn one of them, but a sum over ranks taken for a mean doubles it."""
+
+
+def assert_same_whatever_the_world(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
+    """Every figure that does not measure the machine, and those that are counted in the mean over all lines."""
+    for key in one[0].keys() | other[0].keys():
+        if key in OF_THE_MACHINE or key.endswith("_seconds"):
+            continue
+        expected, found = ([line[key] for line in lines] for lines in (one, other))
+        assert min(found) >= 0 < max(found), key  # not None, and not all 0
+        if key in COUNTED:
+            assert sum(found) == pytest.approx(sum(expected), rel=0.1), key
+        else:
+            assert found == pytest.approx(expected, rel=1e-3), key
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_two_ranks_with_zero_follow_the_same_losses_and_resume(finished: Config, tmp_path: Path, stage: int) -> None:
     """Two ranks see the same batches and losses as one; a run started at ZeRO 0 in one process goes on at theirs."""
@@ -200,10 +218,7 @@ def test_two_ranks_with_zero_follow_the_same_losses_and_resume(finished: Config,
     config = tiny_config(tmp_path, *overrides)
     run_ranks(run, 2, config)
     one, two = metrics(finished), metrics(config)
-    assert [line["step"] for line in two] == [line["step"] for line in one]
-    for a, b in zip(one, two, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
-        assert b["chance_rate"] == pytest.approx(a["chance_rate"], rel=1e-6)
+    assert_same_whatever_the_world(one, two)
     assert two[-1]["gathered_bytes"] > 0
     # What one process began without ZeRO, two ranks finish with it.
     config = replace(stop_after(finished, 6, tmp_path / "resumed"), train=config.train)
