@@ -2,10 +2,16 @@
 
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
+from tests.influence import naive
+from tests.train.tiny_run import context, global_batch, miner, networks
 from tracekin.config import Config, EvaluateConfig, load
+from tracekin.influence import POLICIES, Block, choose
+from tracekin.train.step import byol_with_mined_positives
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "shards" / "README.md"]
@@ -50,3 +56,25 @@ def test_commands_exist(document: Path, line: str) -> None:
         from tracekin.cli import cli
 
         assert words[1] in cli.commands
+
+
+def test_the_example_of_a_policy_is_one_file_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CONTRIBUTING's file, under a name in the registry, chooses what it says it does, alone and in a step."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = re.search(r"^## A new policy.*?^```python\n(.*?)^```", text, re.M | re.S)
+    assert section
+    module = ModuleType("hidden_cosine")
+    exec(section.group(1), module.__dict__)
+    monkeypatch.setitem(POLICIES, "hidden_cosine", module.POLICY)
+
+    side = naive.of_policy("hidden_cosine", 12, seed=0)
+    alone = choose("hidden_cosine", side, [Block(0, side)], seed=0, step=0, exclude_group=True)
+    online, target = networks(torch.float64)
+    inside = byol_with_mined_positives(
+        online, target, global_batch(torch.float64), miner(online, "hidden_cosine"), **context()
+    ).found
+    assert inside is not None
+    for mined, rows in ((alone, side), (inside.mined, inside.rows)):
+        hidden = rows.factors[0].hidden
+        score = naive.feature(hidden, hidden).masked_fill(rows.groups[:, None] == rows.groups, -torch.inf)
+        assert torch.equal(mined.index[:, 0], score.argmax(1))

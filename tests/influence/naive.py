@@ -45,13 +45,17 @@ def candidates(
 
 
 def whole_numbers(images: int, *, layers: int = 1, seed: int = 0) -> Candidates:
-    """As ``candidates``, of small integers and targets along the axes: scores are exact in fp32, and full of ties."""
+    """As ``candidates``, of vectors of zeros and +-1 whose length is 1 or 2: any score of sums, products and cosines is
+    exact in fp32, and there are many ties.
+    """
     generator = torch.Generator().manual_seed(seed)
 
-    def integers(*shape: int) -> Tensor:
-        return torch.randint(-1, 2, shape, generator=generator).float()
+    def signs(width: int) -> Tensor:
+        order = torch.rand(images, 2, width, generator=generator).argsort(-1)
+        ones = (order < (4 if width >= 4 else 1)).float()
+        return ones * (torch.randint(0, 2, ones.shape, generator=generator) * 2 - 1)
 
-    factors = tuple(Factors(integers(images, 2, hidden), integers(images, 2, out)) for hidden, out in WIDTHS[:layers])
+    factors = tuple(Factors(signs(hidden), signs(out)) for hidden, out in WIDTHS[:layers])
     axes = torch.eye(4)[torch.randint(4, (images, 2), generator=generator)]
     return candidates(images, seed=seed)._replace(factors=factors, target=axes)
 

@@ -39,7 +39,8 @@ def pairwise_feature(rows: Tensor, columns: Tensor) -> Tensor:
     """Sum over views u, v of cos(row_i^u, column_j^v): [R, V, D], [C, V, D] -> [R, C]; a zero vector's cosine is 0."""
     with exact(rows.device):
         # The sum of all pairs of views is the product of the two sums of unit vectors.
-        return unit(widen(rows)).sum(1) @ unit(widen(columns)).sum(1).T
+        sum_RD = unit(widen(rows)).sum(1)
+        return sum_RD @ unit(columns.to(sum_RD.dtype)).sum(1).T  # what travelled may be narrower
 
 
 def pairwise_random(row_ids: Tensor, column_ids: Tensor, seed: int, step: int) -> Tensor:
