@@ -27,7 +27,8 @@ def measure(meter: Meter, losses: Losses, miner: Miner, step: int) -> None:
         return
     chosen = (found.mined.index >= 0).any(1)
     meter.add(num_anchors=float(len(chosen)), num_mined=chosen.sum(), num_positives=(found.mined.index >= 0).sum())
-    degree = in_degree(collectives.gather(chosen_ids(found)), len(found.columns.ids))
+    everyones = collectives.gather(chosen_ids(found))
+    degree = in_degree(everyones, max(len(everyones), len(found.columns.ids)))  # a pool may be smaller than the batch
     meter.add(max_in_degree=degree.most, num_distinct=degree.different, num_held=degree.held)
     if found.best.index.shape[1] > 1:
         gap = score_gap(found.best.score)
