@@ -12,9 +12,11 @@ from tracekin.model.byol import Online, byol_loss, tau_at
 
 
 def test_loss_is_the_papers() -> None:
-    p, t = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
-    expected = sum((F.normalize(p[u], dim=1) - F.normalize(t[u], dim=1)).square().sum(1) for u in range(2))
+    p, t = torch.randn(5, 2, 7), torch.randn(5, 2, 7)
+    expected = sum((F.normalize(p[:, u], dim=1) - F.normalize(t[:, u], dim=1)).square().sum(1) for u in range(2))
     assert torch.allclose(byol_loss(p, t), expected, atol=1e-6)
+    several = torch.stack((t, p), 1)  # k positives of each image
+    assert torch.allclose(byol_loss(p[:, None], several), torch.stack((expected, torch.zeros(5)), 1), atol=1e-6)
 
 
 @given(num_steps=st.integers(1, 1000), base=st.floats(0, 1))
@@ -42,8 +44,8 @@ def test_each_view_has_batch_statistics_of_its_own() -> None:
     views = torch.randn(2, 6, 3, 12, 12, dtype=torch.float64)
     other = views.clone()
     other[1] *= 5
-    assert torch.allclose(online(views)[1][0], online(other)[1][0])
-    assert not torch.allclose(online(views)[1][1], online(other)[1][1])
+    assert torch.allclose(online(views)[1][:, 0], online(other)[1][:, 0])
+    assert not torch.allclose(online(views)[1][:, 1], online(other)[1][:, 1])
 
 
 def test_last_layer_is_fp32_under_autocast() -> None:

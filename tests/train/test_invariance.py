@@ -29,13 +29,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "queue_group": {"policy": "group", "queue": 32},
     "support": {"policy": "fnc", "support_views": 2},
 }
-SHARED_TRAINING = ("none", "tracin", "tracin_cosine", "ghost", "feature", "oracle")
 WORLDS = (2, 4)
 STAGES = (0, 1, 2)
 STEP = 5
 
 
-def mined_step(online: Any, target: Any, world: World, variant: str, dtype: torch.dtype) -> tuple[Losses, Miner]:
+def mined_step(
+    online: Any, target: Any, world: World, variant: str, dtype: torch.dtype, engine: Any = None
+) -> tuple[Losses, Miner]:
     """The step's losses after two steps that the queue, if any, remembers, and two checkpoints in the past."""
     mining = VARIANTS[variant]
     found = miner(online, **mining)
@@ -45,7 +46,7 @@ def mined_step(online: Any, target: Any, world: World, variant: str, dtype: torc
     views = 2 + mining.get("support_views", 0)
     for step in range(STEP - 2 if found.queue else STEP, STEP + 1):
         batch = rows_of(global_batch(dtype, seed=step, views=views), world)
-        losses = byol_with_mined_positives(online, target, batch, found, **context(step))
+        losses = byol_with_mined_positives(engine or online, target, batch, found, **context(step))
     return losses, found
 
 
@@ -99,7 +100,7 @@ def test_the_comparison_is_not_blind(plain: dict[int, Any]) -> None:
 
 
 def engine_step(rank: int, world_size: int) -> dict[str, Any]:
-    """Gradient, positives and scores of the global batch through DeepSpeed in fp32, for several policies and stages."""
+    """Gradient, positives and scores of the global batch through DeepSpeed in fp32, for every policy and stage."""
     from deepspeed.utils import safe_get_full_grad
 
     from tracekin.train.engine import build_engine
@@ -107,12 +108,11 @@ def engine_step(rank: int, world_size: int) -> dict[str, Any]:
     world = World(rank, world_size, rank, world_size)
     results: dict[str, Any] = {}
     for stage in STAGES:
-        for policy in SHARED_TRAINING:
+        for policy in POLICIES:
             online, target = networks(torch.float32)
             train = TrainConfig(global_batch=BATCH, zero_stage=stage, precision="fp32")  # type: ignore[arg-type]
             engine = build_engine(online, OptimiserConfig(), train, world)
-            batch = rows_of(global_batch(torch.float32, seed=STEP), world)
-            losses = byol_with_mined_positives(engine, target, batch, miner(online, policy), **context(STEP))
+            losses, _ = mined_step(online, target, world, policy, torch.float32, engine)
             engine.backward(losses.loss)
             gradient = torch.cat([safe_get_full_grad(p).flatten() for p in online.parameters()])
             entry = {"gradient": gradient, "loss": collectives.total(losses.loss) / world_size}
@@ -135,7 +135,7 @@ def test_ranks_equal_one_process_through_deepspeed(
     engines: dict[int, Any], plain: dict[int, Any], world_size: int, stage: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     moved = undecided = 0
-    for policy in SHARED_TRAINING:
+    for policy in POLICIES:
         one, many = engines[1][f"{policy}/0"], engines[world_size][f"{policy}/{stage}"]
         error = torch.linalg.vector_norm(many["gradient"] - one["gradient"]) / torch.linalg.vector_norm(one["gradient"])
         assert error <= 1e-4, (policy, float(error))
