@@ -3,6 +3,7 @@
 Shape suffixes: B images of this rank, k mined an image, V views, H and D widths.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 
@@ -42,6 +43,8 @@ class Miner:
         several = self.gradients_of == "layers" and mining.layers > 1
         self.recorder = Recorder(online, mining.layers - 1) if several else None
         self.history = History(mining.checkpoints) if self.gradients_of == "checkpoints" else None
+        # Between ``send`` and ``gradients``: inputs of the watched layers, and what the rows' own factors must hold.
+        self.recorded: list[Tensor] = []
         self.own_hidden: list[Tensor] = []
         self.exclude_group = mining.exclude_group and not (self.policy and self.policy.same_group)
 
@@ -57,8 +60,8 @@ class Miner:
         """Let the activations in front of the last layer travel, as soon as they are known."""
         if self.gradients_of == "none":
             return
-        layers = [hidden_BVH, *(self.recorder.hidden() if self.recorder else [])]
-        self.own_hidden = [self.exchange.send(layer) for layer in layers]
+        self.recorded = self.recorder.hidden() if self.recorder else []
+        self.own_hidden = [self.exchange.send(layer) for layer in (hidden_BVH, *self.recorded)]
 
     def gradients(
         self, hidden_BVH: Tensor, prediction_BVD: Tensor, target_BVD: Tensor, views: Tensor, lr: float
@@ -76,17 +79,17 @@ class Miner:
             return ()
         layers = [gradient_factors(hidden_BVH, prediction_BVD, target_BVD)]
         if self.recorder:
-            inputs = self.recorder.hidden()
-            layers += [Factors(*pair) for pair in zip(inputs, self.recorder.deltas(layers[0].delta), strict=True)]
+            deltas = self.recorder.deltas(layers[0].delta)
+            layers += [Factors(*pair) for pair in zip(self.recorded, deltas, strict=True)]
         if self.history:
             layers = [scaled(layers[0], lr), *self.history.gradients(views)]
             self.own_hidden += [self.exchange.send(layer.hidden) for layer in layers[1:]]
         if self.policy.normalise:
             layers = list(normalised(*layers))
-        own, self.own_hidden = self.own_hidden, []
+        own, self.own_hidden, self.recorded = self.own_hidden, [], []
         return tuple(layer._replace(hidden=hidden) for layer, hidden in zip(layers, own, strict=True))
 
-    def gather(self, rows: Candidates, step: int) -> tuple[Candidates, chain[Block]]:
+    def gather(self, rows: Candidates, step: int) -> tuple[Candidates, Iterator[Block]]:
         """Everyone's candidates: all columns without their factors, and the blocks that hold them, to be read once.
 
         The pool's columns come first, in rank order, then those of the queue; the blocks' reading fills the queue.
@@ -97,7 +100,7 @@ class Miner:
         if self.queue:
             blocks = self.queue.recording(blocks, step)
         if old is None:
-            return columns, chain(blocks)
+            return columns, blocks
         assert old.weight is not None
         both = zip(columns.small, old.small, strict=True)
         target, ids, groups, labels = (torch.cat((new, past)) for new, past in both)
@@ -105,7 +108,7 @@ class Miner:
         # What is remembered comes first: it is scored before it is overwritten.
         return Candidates((), target, ids, groups, labels, weight), chain([Block(len(columns.ids), old)], blocks)
 
-    def choose(self, rows: Candidates, columns: Candidates, blocks: chain[Block], step: int) -> Mined:
+    def choose(self, rows: Candidates, columns: Candidates, blocks: Iterator[Block], step: int) -> Mined:
         """The best columns of my rows: [B, k + 1] where the pool has as many, so that the runner-up is known."""
         k = self.mining.k
         return choose(
@@ -114,7 +117,7 @@ class Miner:
             blocks,
             seed=self.seed,
             step=step,
-            exclude_group=self.exclude_group,
+            exclude_group=self.mining.exclude_group,
             k=min(k + 1, max(k, len(columns.ids))),
             chunk=self.mining.chunk,
         )
