@@ -335,7 +335,7 @@ def test_no_run_and_no_labels(
     config = load(Config, run_folder / "config.yaml")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(
-        text.replace(config.data.manifest, str(manifest.folder / "manifest.json"))
+        text.replace(config.data.manifest, manifest.path)
     )
     for folder, told in ((tmp_path / "nothing", "is no run"), (tmp_path / "run", "has no labels")):
         with pytest.raises(SystemExit) as exit_:

@@ -6,7 +6,7 @@ and one line in the registry (``shards/recipes/__init__.py``).
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -29,7 +29,12 @@ class Record:
     group: str | None = None
     """Patient or lesion; None makes the image a group of its own."""
     split: str | None = None
-    """train, val or test."""
+    """train, val or test as the source states it; None on every record lets the packer split."""
+    stamp: str = ""
+    """Changes when the image's bytes change, without reading them: size and time of a file, size and CRC of a zip's
+    member. A packing that goes on after a kill redoes a shard whose stamps are others."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """What else the source says of the image (age, sex, a DICOM keyword); reaches a sample only by ``--keep``."""
 
     @property
     def group_or_self(self) -> str:
@@ -41,6 +46,8 @@ class Dataset:
     records: list[Record]
     classes: list[str]
     task: Task
+    shares: Mapping[str, float] = field(default_factory=lambda: dict(SHARES))
+    """Share of the images for each split, where no record states one."""
 
 
 def split_by_group(records: Sequence[Record], seed: int, shares: Mapping[str, float] = SHARES) -> list[Record]:

@@ -27,7 +27,7 @@ def reference(manifest: Manifest, split: str) -> list[tuple[str, bytes, dict]]:
     """Key, image bytes and description of each sample, read in the plain way."""
     found = []
     for shard in manifest.splits[split]:
-        with tarfile.open(manifest.folder / shard.file) as archive:
+        with tarfile.open(Path(manifest.folder) / shard.file) as archive:
             content = {m.name: archive.extractfile(m).read() for m in archive}
         keys = dict.fromkeys(name.split(".")[0] for name in content)
         found += [(key, content[f"{key}.png"], json.loads(content[f"{key}.json"])) for key in keys]
@@ -98,7 +98,7 @@ def test_palette_transparency_is_dropped(tmp_path):
 def overwrite(manifest: Manifest, index: int, member: int, content: bytes, skip: int = 0) -> tuple[Path, int, str]:
     """Write bytes into a member of a train sample; its shard, offset and key."""
     shard = manifest.splits["train"][0]
-    path = manifest.folder / shard.file
+    path = Path(manifest.folder) / shard.file
     with tarfile.open(path) as archive:
         info = archive.getmembers()[2 * index + member]
     with path.open("r+b") as file:

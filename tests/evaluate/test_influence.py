@@ -254,7 +254,7 @@ def test_one_checkpoint_that_outweighs_the_others_is_named(manifest: Manifest, t
 def test_a_damaged_shard_is_named(tmp_path: Path, garbage: bytes) -> None:
     manifest = make_dataset(tmp_path / "data", train=10, val=4, size=20, channels=1)
     run = make_run(tmp_path / "run", manifest, {3: 0.1})
-    shard = manifest.folder / "val-000000.tar"
+    shard = Path(manifest.folder) / "val-000000.tar"
     shard.write_bytes(garbage + shard.read_bytes()[len(garbage) :])
     with pytest.raises(UserError, match=r"val-000000.tar: the sample at byte 0 has no readable name: .*shards.verify"):
         prepare(run, "val", replace(QUICK, images="00ff"))

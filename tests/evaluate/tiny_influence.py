@@ -23,7 +23,7 @@ RATES = {3: 0.2, 6: 0.05}
 
 def make_run(folder: Path, manifest: Manifest, rates: dict[int, float | None] = RATES, optimiser: str = "sgd") -> Path:
     """Write a run whose networks are drawn anew for each checkpoint; a rate of None is left out."""
-    data = DataConfig(manifest=str(manifest.folder / "manifest.json"), image_size=16, channels=1)
+    data = DataConfig(manifest=manifest.path, image_size=16, channels=1)
     config = Config(
         name=folder.name, folder=str(folder.parent), data=data, model=MODEL, optimiser=OptimiserConfig(name=optimiser)
     )

@@ -13,7 +13,7 @@ from tracekin.model.backbone import build_backbone
 
 def make_run(folder: Path, manifest: Manifest, policy: Policy = "tracin", *, seed: int = 0, weights: int = 0) -> Path:
     """Write a run of ``seed`` whose backbone is initialised from the seed ``weights``; returns its folder."""
-    data = DataConfig(manifest=str(manifest.folder / "manifest.json"), image_size=32)
+    data = DataConfig(manifest=manifest.path, image_size=32)
     config = Config(
         name=folder.name, folder=str(folder.parent), seed=seed, data=data, mining=MiningConfig(policy=policy)
     )

@@ -31,7 +31,7 @@ def _require(condition: bool, key: str, value: object, accepted: str) -> None:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    preset: Literal["dermoscopy", "xray"] = "dermoscopy"
+    preset: Literal["dermoscopy", "xray", "microscopy", "ct"] = "dermoscopy"
     """Modality whose ranges are the defaults of the fields below (tracekin.data.augment.PRESETS)."""
     crop_min: float | None = None
     """Smallest share of the image's area that a random crop keeps, in (0, 1]."""
@@ -65,11 +65,36 @@ class DataConfig:
     """Channels the encoder sees; images are converted."""
     workers: int = 1
     """Loader processes a rank; 0 loads in the rank itself."""
+    last_batch: Literal["drop", "wrap"] = "drop"
+    """What an epoch does with the images that cannot fill its last global batch: leave them for another epoch, or fill
+    the batch up with the first images of the same epoch."""
+    shuffle_shards: int = 0
+    """Shards whose samples are shuffled together, in an order of shards that changes every epoch; 0 shuffles all
+    samples. Choose few (16) for remote shards that do not all fit into the cache."""
+    streams: int = 1
+    """Parts into which an epoch's shards are dealt; each global batch takes equal shares of all of them. With as many
+    as there are nodes, each node reads shards of its own. It must divide train.global_batch."""
+    max_bad_fraction: float = 0.01
+    """Share of the train split that an epoch may find unreadable; each such image is replaced by another, counted and
+    logged with its key. Above it the run stops."""
+    cache: str = ""
+    """Folder of this node's cache of remote shards, shared by its ranks; empty takes one in $TMPDIR or /tmp."""
+    cache_gb: float = 50.0
+    """Size of the cache in GB; the shards used longest ago make room. One run needs two windows of shuffle_shards."""
+    read_ahead: int = 16
+    """Batches a loader process looks ahead to fetch remote shards before they are needed."""
+    augment_on: Literal["workers", "device"] = "workers"
+    """Where colour, blur and solarisation of the views are computed: one by one in the loader processes, or batched on
+    the training device. Crops are always made by the loaders, and both draw the same numbers."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
         _require(8 <= self.image_size <= 2048, "data.image_size", self.image_size, "8 to 2048 pixels")
-        _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        for key in ("workers", "shuffle_shards", "read_ahead"):
+            _require(getattr(self, key) >= 0, f"data.{key}", getattr(self, key), "0 or more")
+        _require(self.streams >= 1, "data.streams", self.streams, "1 or more")
+        _require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "0 <= x <= 1")
+        _require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "above 0")
 
 
 @dataclass(frozen=True)

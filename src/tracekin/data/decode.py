@@ -49,7 +49,7 @@ class ShardReader:
         shards = manifest.shards(split)
         self._folder = manifest.folder
         self._num_classes = len(manifest.classes)
-        self._files = [manifest.folder / shard.file for shard in shards]
+        self._files = [Path(manifest.folder) / shard.file for shard in shards]
         self._ends = list(accumulate(len(shard.samples) for shard in shards))
         # One array, not the manifest's lists: workers that touch it copy no pages and count no references.
         self._extents = np.concatenate([np.array(s.samples, dtype=np.int64).reshape(-1, 2) for s in shards])

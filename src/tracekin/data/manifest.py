@@ -6,14 +6,16 @@
 import difflib
 import hashlib
 import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from tracekin.config import UserError
+from tracekin.data.remote import is_remote, read_text
 from tracekin.files import write_text
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "val", "test")
 
 
@@ -28,7 +30,7 @@ class Shard:
     sha256: str
     """Of the whole file, hexadecimal."""
     samples: list[list[int]]
-    """[offset, length] of each sample: its tar members, headers and padding included, in bytes."""
+    """[offset, length, CRC-32] of each sample: its tar members, headers and padding included, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,15 @@ class Manifest:
     """Of each channel over the train split, pixel values in 0..1; one number for grey images, three for RGB."""
     std: list[float]
     splits: dict[str, list[Shard]]
-    folder: Path
-    """Where manifest.json lies; not written."""
+    folder: str
+    """Where manifest.json lies: a folder or a URL (s3://, gs://, https://), without a slash at its end; not written."""
+    leaks: dict[str, int] = field(default_factory=dict)
+    """What the source's own splits leak: `groups` that lie in several splits, and `images` of which several splits hold
+    identical copies. Splits that shards.pack makes leak no group and no identical file."""
+
+    @property
+    def path(self) -> str:
+        return f"{self.folder}/manifest.json"
 
     def count(self, split: str) -> int:
         return sum(len(shard.samples) for shard in self.shards(split))
@@ -61,21 +70,69 @@ class Manifest:
         """
         if not self.splits.get(split):
             held = ", ".join(name for name, shards in self.splits.items() if shards) or "none"
-            raise UserError(f"{self.folder / 'manifest.json'} has no split {split!r}; it has {held}.")
+            raise UserError(f"{self.path} has no split {split!r}; it has {held}.")
         return self.splits[split]
 
 
-def read_manifest(path: str | Path) -> Manifest:
-    """Read and check a manifest; ``path`` is the file or its folder.
+def read_manifest(path: str | Path, complete: bool = True) -> Manifest:
+    """Read and check a manifest.
+
+    Args:
+        path: manifest.json, or its folder if that is local; or the URL of a manifest.json.
+        complete: refuse a local set that lacks shards. Whether those of a URL are there shows when they are read.
 
     Raises:
         UserError: missing file, not a manifest, other format version, missing shard or a shard of another size.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "manifest.json"
+    where = str(path)
+    if is_remote(where):
+        folder, text = where.rpartition("/")[0], read_text(where)
+    else:
+        local = Path(path)
+        where = str(local / "manifest.json" if local.is_dir() else local)
+        folder, text = str(Path(where).parent), _local_text(Path(where))
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"cannot read the manifest {where}: {error}. Pack the dataset again.") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(
+            f"{where} is no manifest of format {FORMAT}; pack the dataset again with this version's shards.pack."
+        )
+    manifest = _parsed(content, folder, where)
+    if complete and (absent := absent_shards(manifest)):
+        raise UserError(f"{where} {absent[0][1]}; copy it or pack again.")
+    return manifest
+
+
+def absent_shards(manifest: Manifest, splits: Collection[str] = SPLITS) -> list[tuple[Shard, str]]:
+    """Shards of these splits that are missing or of another size, each with what is wrong; none of a remote set."""
+    found: list[tuple[Shard, str]] = []
+    if is_remote(manifest.folder):
+        return found
+    for shard in (shard for split in splits for shard in manifest.splits.get(split, [])):
+        try:
+            size = (Path(manifest.folder) / shard.file).stat().st_size
+        except OSError as error:
+            found.append((shard, f"names the shard {shard.file}, which is not there ({error.strerror})"))
+            continue
+        if size != shard.bytes:
+            found.append((shard, f"says that {shard.file} has {shard.bytes} bytes, but it has {size}"))
+    return found
+
+
+def write_manifest(manifest: Manifest) -> Path:
+    """Write manifest.json into ``manifest.folder``, a local one, through a temporary name; returns its path."""
+    content = {"format": FORMAT, **asdict(manifest)}
+    del content["folder"]
+    path = Path(manifest.path)
+    write_text(path, json.dumps(content, separators=(",", ":")) + "\n")
+    return path
+
+
+def _local_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.parent.glob("*/manifest.json")], 1)
         hint = (
@@ -84,36 +141,25 @@ def read_manifest(path: str | Path) -> Manifest:
             else " Make one with: python -m shards.pack SOURCE --recipe NAME --out DIR"
         )
         raise UserError(f"no manifest at {path}.{hint}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the manifest {path}: {error}. Pack the dataset again.") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(
-            f"{path} is no manifest of format {FORMAT}; pack the dataset again with this version's shards.pack."
-        )
+
+
+def _parsed(content: dict[str, Any], folder: str, where: str) -> Manifest:
+    """The manifest, its shards' names and extents checked: it is data from elsewhere."""
     try:
-        splits = {name: [Shard(**shard) for shard in shards] for name, shards in content["splits"].items()}
-        manifest = Manifest(
-            **{key: content[key] for key in ("name", "recipe", "task", "classes", "mean", "std")},
-            splits=splits,
-            folder=path.parent,
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); pack the dataset again.") from None
-    for shard in (shard for shards in splits.values() for shard in shards):
-        file = path.parent / shard.file
-        if not file.is_file():
-            raise UserError(f"{path} names the shard {shard.file}, which is not there; copy it or pack again.")
-        if file.stat().st_size != shard.bytes:
-            raise UserError(
-                f"{file} has {file.stat().st_size} bytes, {path} says {shard.bytes}; copy it or pack again."
-            )
+        splits = {str(name): [Shard(**shard) for shard in shards] for name, shards in content["splits"].items()}
+        keys = ("name", "recipe", "task", "classes", "mean", "std", "leaks")
+        manifest = Manifest(**{key: content[key] for key in keys}, splits=splits, folder=folder)
+        for shard in (shard for shards in splits.values() for shard in shards):
+            parts = PurePosixPath(shard.file).parts
+            if not parts or parts[0] == "/" or ".." in parts or ":" in shard.file or "\\" in shard.file:
+                raise ValueError(f"the shard's name {shard.file!r} is no relative path inside its folder")
+            for offset, length, checksum in shard.samples:
+                if not (0 <= offset <= offset + length <= shard.bytes and 0 <= checksum < 2**32):
+                    raise ValueError(f"{shard.file} has a sample outside its {shard.bytes} bytes")
+    except KeyError as error:
+        raise UserError(f"{where} is damaged: it lacks {error}; pack the dataset again.") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{where} is damaged: {error}; pack the dataset again.") from None
     return manifest
-
-
-def write_manifest(manifest: Manifest) -> Path:
-    """Write manifest.json into ``manifest.folder`` through a temporary name; returns its path."""
-    content = {"format": FORMAT, **asdict(manifest)}
-    del content["folder"]
-    path = manifest.folder / "manifest.json"
-    write_text(path, json.dumps(content, separators=(",", ":")) + "\n")
-    return path

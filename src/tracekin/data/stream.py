@@ -78,7 +78,7 @@ def num_steps_per_epoch(manifest: Manifest, split: str, global_batch: int) -> in
     count = manifest.count(split)
     if count < global_batch:
         raise UserError(
-            f"the {split} split of {manifest.folder / 'manifest.json'} has {count} samples, fewer than the global "
+            f"the {split} split of {manifest.path} has {count} samples, fewer than the global "
             f"batch of {global_batch}: set train.global_batch to {count} or less, or pack more images."
         )
     return count // global_batch

@@ -111,7 +111,7 @@ def prepare(run_folder: Path, split: str, config: InfluenceConfig) -> Study:
     states = [checkpoint.load_state(folder) for folder in folders]
     for folder, state in zip(folders, states, strict=True):
         if state.get("dataset") != manifest.fingerprint():
-            where = manifest.folder / "manifest.json"
+            where = manifest.path
             raise UserError(f"{folder} was trained on other shards than {where} holds; name its own: manifest=PATH.")
     steps = [int(state["step"]) for state in states]
     rates, weights, note = _weights(states, config.weight)
@@ -258,5 +258,5 @@ def _numbers(manifest: Manifest, split: str, images: str) -> Sequence[int]:
         if key not in number_of:
             near = difflib.get_close_matches(key, number_of, 1)
             hint = f"did you mean {near[0]}?" if near else f"a key there is {next(iter(number_of))}."
-            raise UserError(f"images: {key} is no image of {split} in {manifest.folder / 'manifest.json'}; {hint}")
+            raise UserError(f"images: {key} is no image of {split} in {manifest.path}; {hint}")
     return [number_of[key] for key in wanted]

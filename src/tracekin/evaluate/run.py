@@ -94,7 +94,7 @@ def _read_run(run_folder: Path) -> tuple[Config, Path]:
 
 
 def _check(manifest: Manifest, config: EvaluateConfig) -> None:
-    where = manifest.folder / "manifest.json"
+    where = manifest.path
     if manifest.task == "unlabelled":
         raise UserError(f"{where} has no labels to score with; name a multiclass or multilabel one: manifest=PATH.")
     for split in ("train", config.split):
@@ -203,7 +203,7 @@ def _facts(
         "image_size": run.data.image_size,
         "channels": run.data.channels,
         "dataset": manifest.name,
-        "manifest": str(manifest.folder / "manifest.json"),
+        "manifest": manifest.path,
         "task": manifest.task,
         "classes": manifest.classes,
         "images": {split: manifest.count(split) for split in SPLITS if manifest.splits.get(split)},

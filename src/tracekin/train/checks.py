@@ -26,7 +26,7 @@ def check_run(config: Config, manifest: Manifest, world: World) -> None:
         )
     if count < batch:
         raise UserError(
-            f"{manifest.folder / 'manifest.json'} has {count} train images, fewer than train.global_batch={batch};"
+            f"{manifest.path} has {count} train images, fewer than train.global_batch={batch};"
             f" use a batch of at most {count}."
         )
     if batch % world.size:
