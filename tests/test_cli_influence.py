@@ -9,7 +9,7 @@ import pytest
 from tests.data.tiny import make_dataset
 from tests.evaluate.tiny_influence import make_run
 from tracekin.cli import main
-from tracekin.data.decode import ShardReader
+from tracekin.data.reader import ShardReader
 from tracekin.data.manifest import read_manifest
 
 

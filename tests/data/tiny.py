@@ -5,6 +5,7 @@ import io
 import json
 import math
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -63,7 +64,7 @@ def make_dataset(
         mean=[0.5] * channels,
         std=[0.25] * channels,
         splits=splits,
-        folder=folder,
+        folder=str(folder),
     )
     write_manifest(manifest)
     return manifest
@@ -73,6 +74,7 @@ def describe(file: Path) -> Shard:
     """The manifest's entry of a tar: its samples are the runs of members that share a key."""
     with tarfile.open(file) as archive:
         members = archive.getmembers()
+    content = file.read_bytes()
     samples: list[list[int]] = []
     last = None
     for member in members:
@@ -83,7 +85,7 @@ def describe(file: Path) -> Shard:
         else:
             samples.append([member.offset, end - member.offset])
         last = key
-    content = file.read_bytes()
+    samples = [[start, length, zlib.crc32(content[start : start + length])] for start, length in samples]
     return Shard(file.name, len(content), hashlib.sha256(content).hexdigest(), samples)
 
 

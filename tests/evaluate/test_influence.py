@@ -17,7 +17,7 @@ from tests.evaluate.tiny_influence import make_run, naive_scores
 from tests.influence.naive import candidates
 from tests.monitor.test_report import checked
 from tracekin.config import InfluenceConfig, UserError
-from tracekin.data.decode import ShardReader
+from tracekin.data.reader import ShardReader
 from tracekin.data.manifest import Manifest
 from tracekin.data.stream import augmented_batches
 from tracekin.evaluate import influence, influence_table

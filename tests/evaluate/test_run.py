@@ -7,7 +7,7 @@ import torch
 
 from tests.data.tiny import make_dataset
 from tests.evaluate.tiny_runs import make_run
-from tracekin.config import EvaluateConfig, UserError
+from tracekin.config import DataConfig, EvaluateConfig, UserError
 from tracekin.data.manifest import Manifest
 from tracekin.data.stream import evaluation_batches
 from tracekin.evaluate import run as module
@@ -71,7 +71,7 @@ def test_multilabel(tmp_path: Path) -> None:
 
 
 def test_pixels_are_means_of_blocks_of_the_plain_view(manifest: Manifest) -> None:
-    batches = list(evaluation_batches(manifest, "test", image_size=32, channels=3, batch=7, workers=0))
+    batches = list(evaluation_batches(manifest, "test", DataConfig(image_size=32), batch=7, workers=0))
     found = features({"pixels": pixels}, batches, torch.device("cpu"))["pixels"]
     view = torch.cat([batch.views[0] for batch in batches]).numpy()
     np.testing.assert_allclose(found.x, view.reshape(18, 3, 8, 4, 8, 4).mean((3, 5)).reshape(18, 192), atol=1e-5)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tracekin import checkpoint
 from tracekin.config import Config, DataConfig, InfluenceConfig, ModelConfig, OptimiserConfig, load, to_yaml
 from tracekin.data.augment import resolve, view
-from tracekin.data.decode import ShardReader
+from tracekin.data.reader import ShardReader
 from tracekin.data.manifest import SPLITS, Manifest
 from tracekin.data.stream import augmented_batches
 from tracekin.model.batch_norm import CrossRankBatchNorm

@@ -1,28 +1,25 @@
-"""Any sample of a split by its number: one positioned read from a tar shard, parsed and decoded from memory.
+"""The bytes of one sample, as they lie in a shard, to its image, label and group.
 
-Shards are data: nothing in them is unpickled, and nothing is extracted to a path that they name.
+Shards are data: nothing in them is unpickled, and nothing is extracted to a path that they name. A sample is a run of
+plain USTAR members (POSIX 1003.1-1988, which every tar writes for short names); links, devices and extended headers are
+refused.
 """
 
 import io
 import json
-import os
-import tarfile
-from bisect import bisect_right
-from itertools import accumulate
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from tracekin.config import UserError
-from tracekin.data.manifest import Manifest
+from tracekin.data.faults import Fault
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 GROUP_DIGITS = 15
 """Leading hex digits of a group pseudonym that make its number: 60 bits, so that it fits an int64."""
-MAX_OPEN_SHARDS = 256
-HEADERS = 4096
-"""Bytes that hold a tar member's headers, long names included."""
+BLOCK = 512
+PLAIN_FILE = (b"0", b"\0")
 
 
 class Sample(NamedTuple):
@@ -33,88 +30,56 @@ class Sample(NamedTuple):
     group: str
 
 
-class ShardReader:
-    """Reads samples of one split by number: shards in the manifest's order, samples in their shard's order.
+def decode_sample(content: bytes, num_classes: int, least_side: int | None = None) -> Sample:
+    """Parse and decode a sample's tar members.
 
-    Files are opened at their first use in each process and read with ``pread``, so that forked loader workers and
-    several ranks share neither a file position nor a lock.
+    Args:
+        content: the members with headers and padding.
+        num_classes: labels must be below it.
+        least_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as its shortest side keeps this many
+            pixels (the decoder then skips what is averaged away anyway); None decodes in full.
+
+    Raises:
+        Fault: malformed or undecodable.
     """
+    key, members = parse_members(content)
+    encoded = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+    if encoded is None:
+        raise Fault("malformed", f"it has no member {', '.join(IMAGE_EXTENSIONS)}")
+    label, group = _described(members, num_classes)
+    return Sample(key, _decode(encoded, least_side), label, group)
 
-    def __init__(self, manifest: Manifest, split: str) -> None:
-        """Index the split.
 
-        Raises:
-            UserError: if the manifest has no such split.
-        """
-        shards = manifest.shards(split)
-        self._folder = manifest.folder
-        self._num_classes = len(manifest.classes)
-        self._files = [Path(manifest.folder) / shard.file for shard in shards]
-        self._ends = list(accumulate(len(shard.samples) for shard in shards))
-        # One array, not the manifest's lists: workers that touch it copy no pages and count no references.
-        self._extents = np.concatenate([np.array(s.samples, dtype=np.int64).reshape(-1, 2) for s in shards])
-        self._open: dict[int, int] = {}
+def parse_members(content: bytes) -> tuple[str, dict[str, bytes]]:
+    """The key, and the content of each member by its extension.
 
-    def __len__(self) -> int:
-        return len(self._extents)
+    Raises:
+        Fault: malformed; names the member.
+    """
+    members: dict[str, bytes] = {}
+    key, at = "", 0
+    while at + BLOCK <= len(content) and content[at] != 0:
+        name, size = _header(content[at : at + BLOCK])
+        own, _, extension = name.partition(".")
+        if members and own != key:
+            raise Fault("malformed", f"members of two samples, {key} and {own}")
+        key = own
+        body = content[at + BLOCK : at + BLOCK + size]
+        if len(body) < size:
+            raise Fault("malformed", f"its member {name} is cut short")
+        members[extension.lower()] = body
+        at += BLOCK + -(-size // BLOCK) * BLOCK
+    if not members:
+        raise Fault("malformed", "it has no members")
+    return key, members
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # a file descriptor means nothing in another process
 
-    def read(self, index: int) -> Sample:
-        """Read and decode sample number ``index``, 0 <= index < len(self).
-
-        Raises:
-            UserError: if it cannot be read, parsed or decoded, naming the shard, the key and the offset.
-        """
-        shard, offset, length = self._place(index)
-        key = ""
-        try:
-            content = os.pread(self._descriptor(shard), length, offset)
-            if len(content) < length:
-                raise ValueError(f"the shard ends {length - len(content)} bytes early")
-            key, members = _members(content)
-            image = _decode(members)
-            label, group = _described(members, self._num_classes)
-        # Pillow and tarfile answer damaged bytes with many types of error; every one of them means the same here.
-        except Exception as error:
-            raise UserError(
-                f"{self._files[shard]}: sample {key or '(no key)'} at byte {offset} cannot be read: {_reason(error)}. "
-                f"Find every such sample with: python -m shards.verify {self._folder}"
-            ) from error
-        return Sample(key, image, label, group)
-
-    def key(self, index: int) -> str:
-        """The key of sample number ``index``, from its first tar header alone.
-
-        Raises:
-            UserError: if that header is damaged.
-        """
-        shard, offset, length = self._place(index)
-        try:
-            head = os.pread(self._descriptor(shard), min(length, HEADERS), offset)
-            with tarfile.open(fileobj=io.BytesIO(head), mode="r:") as archive:
-                member = archive.next()
-            if member is None:
-                raise ValueError("it has no members")
-            return member.name.partition(".")[0]
-        except (OSError, ValueError, tarfile.TarError) as error:
-            raise UserError(
-                f"{self._files[shard]}: the sample at byte {offset} has no readable name: {_reason(error)}. "
-                f"Find every such sample with: python -m shards.verify {self._folder}"
-            ) from error
-
-    def _place(self, index: int) -> tuple[int, int, int]:
-        """Shard, offset and length of a sample."""
-        offset, length = (int(number) for number in self._extents[index])
-        return bisect_right(self._ends, index), offset, length
-
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._open:
-            if len(self._open) >= MAX_OPEN_SHARDS:
-                os.close(self._open.pop(next(iter(self._open))))
-            self._open[shard] = os.open(self._files[shard], os.O_RDONLY | os.O_CLOEXEC)
-        return self._open[shard]
+def first_key(content: bytes) -> str:
+    """The key that the first header states, "" where there is none; for messages about damaged samples."""
+    try:
+        return _header(content[:BLOCK])[0].partition(".")[0]
+    except Fault:
+        return ""
 
 
 def group_number(group: str) -> int:
@@ -126,25 +91,31 @@ def label_list(label: int | list[int] | None) -> list[int]:
     return [] if label is None else label if isinstance(label, list) else [label]
 
 
-def _members(content: bytes) -> tuple[str, dict[str, bytes]]:
-    """The key and the extension -> content of a sample's tar members."""
-    members: dict[str, bytes] = {}
-    key = ""
-    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
-        for member in archive:
-            file = archive.extractfile(member)
-            if file is not None:
-                key, _, extension = member.name.partition(".")
-                members[extension.lower()] = file.read()
-    return key, members
+def _header(block: bytes) -> tuple[str, int]:
+    """Name and size of a tar member."""
+    try:
+        name = block[:100].partition(b"\0")[0].decode()
+        size = int(block[124:136].strip(b"\0 "), 8)
+    except ValueError:
+        raise Fault("malformed", "its tar header is damaged") from None
+    kind = block[156:157]
+    if kind not in PLAIN_FILE or size < 0 or not name or block[345:346] != b"\0":
+        raise Fault("malformed", f"its member {name!r} (type {kind!r}) is no plain file with a short name")
+    return name, size
 
 
-def _decode(members: dict[str, bytes]) -> Image.Image:
-    content = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
-    if content is None:
-        raise ValueError(f"it has no member {', '.join(IMAGE_EXTENSIONS)}")
-    image: Image.Image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
-    image.load()
+def _decode(encoded: bytes, least_side: int | None) -> Image.Image:
+    try:
+        image: Image.Image = Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG"))
+        if least_side is not None and image.format == "JPEG":
+            scale = least_side / min(image.size)
+            image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+        image.load()
+    except UnidentifiedImageError:
+        raise Fault("undecodable", "its image is not a JPEG or PNG") from None
+    # Pillow's decoders answer damaged bytes with many types of error, decompression bombs with one of their own.
+    except Exception as error:
+        raise Fault("undecodable", str(error).rstrip(".") or repr(error)) from None
     if image.mode in ("L", "RGB"):
         return image
     if image.mode.startswith("I"):  # 16 bits: 65535 becomes 255, and the precision stays
@@ -153,17 +124,14 @@ def _decode(members: dict[str, bytes]) -> Image.Image:
 
 
 def _described(members: dict[str, bytes], num_classes: int) -> tuple[int | list[int] | None, str]:
-    described = json.loads(members["json"])
-    label, group = described["label"], described["group"]
-    if not all(type(number) is int and 0 <= number < num_classes for number in label_list(label)):
-        raise ValueError(f"its label {label} is not among the manifest's {num_classes} classes")
-    group_number(group)
+    try:
+        described = json.loads(members["json"])
+        label, group = described["label"], described["group"]
+        if not all(type(number) is int and 0 <= number < num_classes for number in label_list(label)):
+            raise ValueError(f"its label {label} is not among the manifest's {num_classes} classes")
+        group_number(group)
+    except KeyError as error:
+        raise Fault("malformed", f"it has no {error.args[0]}") from None
+    except (ValueError, TypeError) as error:
+        raise Fault("malformed", str(error).rstrip(".")) from None
     return label, group
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "its image is not a JPEG or PNG"
-    if isinstance(error, KeyError):
-        return f"it has no {error.args[0]}"
-    return str(error).rstrip(".") or type(error).__name__

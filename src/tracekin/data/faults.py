@@ -15,7 +15,7 @@ PAUSES = (0.2, 1.0, 4.0)
 """Seconds between two attempts."""
 
 
-class Fault(Exception):
+class Fault(Exception):  # noqa: N818
     """A sample or shard that cannot be had."""
 
     def __init__(self, reason: Reason, detail: str, passing: bool = False) -> None:

@@ -111,6 +111,15 @@ def total(tensor: Tensor) -> Tensor:
     return summed
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's picklable value, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def broadcast_object(value: Any) -> Any:
     """Rank 0's picklable value, on every rank."""
     if world_size() == 1:

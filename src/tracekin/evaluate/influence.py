@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from tracekin import checkpoint
 from tracekin.config import Config, InfluenceConfig, UserError, load
-from tracekin.data.decode import ShardReader
 from tracekin.data.manifest import Manifest, read_manifest
+from tracekin.data.reader import ShardReader
 from tracekin.data.stream import Batch, augmented_batches
 from tracekin.influence.candidates import Candidates, Pool
 from tracekin.influence.gradients import Factors, gradient_factors, normalised
@@ -103,8 +103,8 @@ def prepare(run_folder: Path, split: str, config: InfluenceConfig) -> Study:
         raise UserError(f"{run_folder} is no run: it has no config.yaml. Name what `tracekin pretrain` made.")
     run = load(Config, run_folder / "config.yaml")
     manifest = read_manifest(config.manifest or run.data.manifest)
-    numbers = _numbers(manifest, split, config.images)
-    searched = len(ShardReader(manifest, config.against))
+    numbers = _numbers(ShardReader(manifest, split, run.data), split, config.images)
+    searched = len(ShardReader(manifest, config.against, run.data))
     if config.k > searched:
         raise UserError(f"k={config.k} exceeds the {searched} images of {config.against}; lower it.")
     folders = _checkpoints(run_folder, config.checkpoints)
@@ -247,9 +247,8 @@ def _weights(states: Sequence[dict[str, Any]], by: str) -> tuple[list[float | No
     return rates, [1.0] * len(states), f"The checkpoint of step {missing} records no learning rate: all count the same."
 
 
-def _numbers(manifest: Manifest, split: str, images: str) -> Sequence[int]:
+def _numbers(reader: ShardReader, split: str, images: str) -> Sequence[int]:
     """The numbers of the images named by their keys, in the order given; of all if none is named."""
-    reader = ShardReader(manifest, split)
     wanted = dict.fromkeys(key.strip() for key in images.split(",") if key.strip())
     if not wanted:
         return range(len(reader))
@@ -258,5 +257,5 @@ def _numbers(manifest: Manifest, split: str, images: str) -> Sequence[int]:
         if key not in number_of:
             near = difflib.get_close_matches(key, number_of, 1)
             hint = f"did you mean {near[0]}?" if near else f"a key there is {next(iter(number_of))}."
-            raise UserError(f"images: {key} is no image of {split} in {manifest.path}; {hint}")
+            raise UserError(f"images: {key} is no image of {split} in {reader.folder}/manifest.json; {hint}")
     return [number_of[key] for key in wanted]

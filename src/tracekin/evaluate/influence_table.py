@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from tracekin.data.decode import ShardReader
+from tracekin.data.reader import ShardReader
 from tracekin.evaluate.influence import Influences, Study
 from tracekin.evaluate.pictures import label_text, same_label, thumbnail
 from tracekin.files import write_text
@@ -147,7 +147,7 @@ def _table(study: Study, found: Influences) -> pa.Table:
 
 
 def _keys(study: Study, split: str, numbers: Sequence[int]) -> pa.Array:
-    reader = ShardReader(study.manifest, split)
+    reader = ShardReader(study.manifest, split, study.run.data)
     return pa.array([reader.key(number) for number in numbers], pa.string())
 
 
@@ -181,8 +181,8 @@ def _page(study: Study, found: Influences, said: Sequence[str]) -> InfluencePage
 
 
 def _explained(study: Study, found: Influences, position: int) -> Explained:
-    sample = ShardReader(study.manifest, study.split).read(study.numbers[position])
-    others = ShardReader(study.manifest, study.config.against)
+    sample = ShardReader(study.manifest, study.split, study.run.data).read(study.numbers[position])
+    others = ShardReader(study.manifest, study.config.against, study.run.data)
 
     def related(mined: Mined, sign: int) -> list[Related]:
         pairs = zip(mined.index[position].tolist(), mined.score[position].tolist(), strict=True)

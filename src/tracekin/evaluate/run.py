@@ -145,14 +145,7 @@ def _encode(
         disable=not progress or not sys.stderr.isatty(),
     ) as bar:
         for split in held:
-            batches = evaluation_batches(
-                manifest,
-                split,
-                image_size=run.data.image_size,
-                channels=run.data.channels,
-                batch=config.batch,
-                workers=config.workers,
-            )
+            batches = evaluation_batches(manifest, split, run.data, batch=config.batch, workers=config.workers)
 
             def counted(batches: Any = batches) -> Any:
                 for batch in batches:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tracekin.config import Config, UserError, load, to_dict
-from tracekin.data.decode import Sample, ShardReader
+from tracekin.data.decode import Sample
 from tracekin.data.manifest import Manifest, read_manifest
+from tracekin.data.reader import ShardReader
 from tracekin.evaluate.pictures import label_text, same_label, thumbnail
 from tracekin.evaluate.summary import BASELINES, Json, collect, common, read_environment, read_metrics
 from tracekin.files import write_text
@@ -138,7 +139,7 @@ def _run_part(label: str, folder: Path, config: Config) -> RunPart:
         return RunPart(label, lines, note=f"No gallery: {error}")
     if content["dataset"] != manifest.fingerprint():
         return RunPart(label, lines, note=f"No gallery: {config.data.manifest} holds other shards than the run saw.")
-    reader = ShardReader(manifest, "train")
+    reader = ShardReader(manifest, "train", config.data)
     pairs = [_pair(reader.read(anchor), reader.read(positive), score, manifest) for anchor, positive, score in spaced]
     return RunPart(label, lines, pairs, content["step"])
 

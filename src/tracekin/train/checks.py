@@ -3,11 +3,14 @@
 from pathlib import Path
 
 from tracekin.config import Config, UserError, flat, load, to_dict
-from tracekin.data.manifest import Manifest
+from tracekin.data.manifest import Manifest, absent_shards
+from tracekin.data.order import num_steps_per_epoch, shuffle_of
+from tracekin.data.remote import is_remote
 from tracekin.distributed.world import World
 
 # Keys that a run may change when it continues: they do not alter what is computed.
-FREE_KEYS = {"name", "folder", "data.workers", "mining.chunk", "mining.ring_above"}
+FREE_KEYS = {"name", "folder", "mining.chunk", "mining.ring_above"}
+FREE_KEYS |= {f"data.{key}" for key in ("workers", "max_bad_fraction", "cache", "cache_gb", "read_ahead")}
 FREE_KEYS |= {f"train.{key}" for key in ("log_every", "keep_checkpoints", "threads", "zero_stage")}
 FREE_SECTIONS = ("monitor.",)
 
@@ -16,25 +19,42 @@ def check_run(config: Config, manifest: Manifest, world: World) -> None:
     """Check a config against its data, its world and the run folder that it would continue.
 
     Raises:
-        UserError: fewer samples than a global batch, ranks that do not divide it, a batch too small for batch norm,
-            a policy that needs labels on a set without, a pool that is too small, or a run folder of another config.
+        UserError: fewer samples than a global batch, too many shards missing, a cache too small for remote shards,
+            ranks or streams that do not divide the batch, a batch too small for batch norm, a policy that needs labels
+            on a set without, a pool that is too small, or a run folder of another config.
     """
-    count, batch = manifest.count("train"), config.train.global_batch
+    batch = config.train.global_batch
     if batch < 2:
         raise UserError(
             f"train.global_batch={batch} is too small: batch norm and mining need at least 2 images a step."
-        )
-    if count < batch:
-        raise UserError(
-            f"{manifest.path} has {count} train images, fewer than train.global_batch={batch};"
-            f" use a batch of at most {count}."
         )
     if batch % world.size:
         raise UserError(
             f"train.global_batch={batch} cannot be divided among {world.size} ranks; use a multiple of {world.size}."
         )
+    _check_data(config, manifest)
     _check_mining(config, manifest, world)
     _check_continues(config, config.run_folder / "config.yaml")
+
+
+def _check_data(config: Config, manifest: Manifest) -> None:
+    data, count = config.data, manifest.count("train")
+    shuffle = shuffle_of(data, config.seed, config.train.global_batch)
+    num_steps_per_epoch(count, shuffle)
+    absent = absent_shards(manifest, ["train"])
+    if sum(len(shard.samples) for shard, _ in absent) > data.max_bad_fraction * count:
+        raise UserError(f"{manifest.path} {absent[0][1]}; {len(absent)} shards are so: copy them or pack again.")
+    if not is_remote(manifest.folder):
+        return
+    shards = manifest.shards("train")
+    window = min(len(shards), data.streams * (data.shuffle_shards or len(shards)))
+    need = sum(sorted((shard.bytes for shard in shards), reverse=True)[: 2 * window])
+    if need > data.cache_gb * 1e9:
+        raise UserError(
+            f"data.cache_gb={data.cache_gb:g} does not hold two windows of data.shuffle_shards={data.shuffle_shards}"
+            f" shards (of {data.streams} streams), {need / 1e9:.1f} GB of {manifest.path}: every shard would be fetched"
+            " again and again. Raise data.cache_gb, or set data.shuffle_shards to a smaller number above 0."
+        )
 
 
 def _check_mining(config: Config, manifest: Manifest, world: World) -> None:

@@ -12,7 +12,8 @@ import torch
 from tracekin import checkpoint
 from tracekin.config import Config, UserError, to_dict, to_yaml
 from tracekin.data.manifest import Manifest, read_manifest
-from tracekin.data.stream import num_steps_per_epoch, pretrain_batches
+from tracekin.data.order import left_over, num_steps_per_epoch, shuffle_of
+from tracekin.data.stream import pretrain_batches
 from tracekin.distributed import collectives
 from tracekin.distributed.group import process_group
 from tracekin.distributed.world import World, world_from_environment
@@ -28,6 +29,7 @@ from tracekin.train.miner import Miner
 from tracekin.train.optimiser import peak_lr
 from tracekin.train.record import gallery_pairs, line, measure
 from tracekin.train.schedule import lr_at
+from tracekin.train.skips import Skips
 from tracekin.train.step import Losses, train_step
 
 NUM_GALLERY = 24
@@ -41,7 +43,7 @@ def pretrain(config: Config) -> Path:
         FloatingPointError: the loss is no longer finite.
     """
     world = world_from_environment()
-    manifest = read_manifest(config.data.manifest)
+    manifest = read_manifest(config.data.manifest, complete=False)
     check_run(config, manifest, world)
     device = _claim_device(config, world)
     preflight(device)
@@ -56,7 +58,8 @@ class _Run:
     def __init__(self, config: Config, manifest: Manifest, world: World, device: torch.device) -> None:
         self.config, self.manifest, self.world, self.device = config, manifest, world, device
         self.folder = config.run_folder
-        self.steps_per_epoch = num_steps_per_epoch(manifest, "train", config.train.global_batch)
+        self.shuffle = shuffle_of(config.data, config.seed, config.train.global_batch)
+        self.steps_per_epoch = num_steps_per_epoch(manifest.count("train"), self.shuffle)
         self.num_steps = config.train.epochs * self.steps_per_epoch
         torch.manual_seed(config.seed)
         online = Online(config.model, config.data.channels, config.train.precision == "bf16").to(device)
@@ -80,6 +83,7 @@ class _Run:
         if found is not None:
             self._remember(found)
         self.clock, self.meter = Clock(device), Meter(device)
+        self.skips = Skips(manifest.count("train"), config.data.max_bad_fraction)
         # Gathered once: it asks git, which no checkpoint should wait for.
         self.facts = environment(world.size, device, config.train.zero_stage) if world.is_main else {}
 
@@ -123,6 +127,8 @@ class _Run:
             if not end_of_epoch and self.step % config.train.log_every:
                 continue
             record = self._record(losses, schedule, time.perf_counter() - began, self.step - first)
+            if record["skipped"]:
+                self.skips.flush(self.step, self.folder if self.world.is_main else None)
             for sink in sinks:
                 sink.write(record)
             if progress:
@@ -130,6 +136,7 @@ class _Run:
             if not math.isfinite(record["loss"]):
                 raise FloatingPointError(f"the loss is {record['loss']} at step {self.step}; the run stops here.")
             if end_of_epoch:
+                self.skips.end_epoch()
                 self._save(losses, schedule["lr"])
             began, first = time.perf_counter(), self.step
 
@@ -137,6 +144,8 @@ class _Run:
         config, mining = self.config, self.config.mining
         with self.clock.phase("data", host=True):
             batch = next(batches).to(self.device, non_blocking=True)
+        self.skips.fresh += batch.skipped
+        self.meter.add(skipped=float(len(batch.skipped)))
         warmup_steps = round(config.optimiser.warmup_epochs * self.steps_per_epoch)
         peak = peak_lr(config.optimiser, config.train.global_batch)
         lr, tau = (
@@ -222,8 +231,13 @@ class _Run:
             f"{self.folder}: {config.mining.policy} on {self.manifest.name}, {self.manifest.count('train')} train"
             f" images, {config.model.backbone}, {config.data.image_size} px, batch {config.train.global_batch} over"
             f" {self.world.size} {self.device.type} rank(s), ZeRO {config.train.zero_stage}, {config.train.precision},"
-            f" {self.num_steps} steps{f', continuing after step {self.step}' if self.step else ''}"
+            f" {self.num_steps} steps ({self._last_batch()})"
+            f"{f', continuing after step {self.step}' if self.step else ''}"
         )
+
+    def _last_batch(self) -> str:
+        spare = left_over(self.manifest.count("train"), self.shuffle)
+        return f"{spare} images an epoch left out" if spare >= 0 else f"{-spare} images an epoch seen twice"
 
     def _say(self, line: str) -> None:
         if self.world.is_main:

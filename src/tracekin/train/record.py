@@ -78,6 +78,7 @@ def line(meter: Meter, losses: Losses, phases: dict[str, float], traffic: int, s
         "step_seconds": seconds / steps,
         **{f"{phase}_seconds": phases.get(phase, 0.0) / steps for phase in PHASES},
         "gathered_bytes": traffic // steps,
+        "skipped": round(sums.get("skipped", 0)),
     }
 
 

@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import tarfile
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,9 @@ from PIL import Image
 
 from tests.data.tiny import make_dataset
 from tracekin.config import UserError
-from tracekin.data.decode import GROUP_DIGITS, ShardReader, group_number
+from tracekin.data.decode import GROUP_DIGITS, group_number
 from tracekin.data.manifest import Manifest, read_manifest
+from tracekin.data.reader import MAX_OPEN, ShardReader
 
 
 def png(image: Image.Image, **options: object) -> tuple[str, bytes]:
@@ -95,8 +98,10 @@ def test_palette_transparency_is_dropped(tmp_path):
     assert ShardReader(manifest, "train").read(0).image.mode == "RGB"
 
 
-def overwrite(manifest: Manifest, index: int, member: int, content: bytes, skip: int = 0) -> tuple[Path, int, str]:
-    """Write bytes into a member of a train sample; its shard, offset and key."""
+def overwrite(
+    manifest: Manifest, index: int, member: int, content: bytes, skip: int = 0
+) -> tuple[Manifest, Path, int, str]:
+    """Write bytes into a member of a train sample; the manifest with its checksum mended, shard, offset and key."""
     shard = manifest.splits["train"][0]
     path = Path(manifest.folder) / shard.file
     with tarfile.open(path) as archive:
@@ -104,34 +109,66 @@ def overwrite(manifest: Manifest, index: int, member: int, content: bytes, skip:
     with path.open("r+b") as file:
         file.seek(info.offset_data + skip)
         file.write(content)
-    return path, shard.samples[index][0], info.name.split(".")[0]
+    samples = [
+        [offset, length, zlib.crc32(path.read_bytes()[offset : offset + length])] for offset, length, _ in shard.samples
+    ]
+    mended = replace(manifest, splits={"train": [replace(shard, samples=samples), *manifest.splits["train"][1:]]})
+    return mended, path, shard.samples[index][0], info.name.split(".")[0]
 
 
 @pytest.mark.parametrize(
     ("member", "content", "skip", "reason"),
     [
-        (1, b"not a picture", 0, "not a JPEG or PNG"),
-        (1, b"\xff" * 64, 60, "image file"),
-        (0, b"{" * 20, 0, "property name"),
-        (0, b'{"label": 99, "group": "0"}', 0, "label 99 is not among the manifest's 3 classes"),
-        (0, b'{"label": 1, "grp": "00"}', 0, "it has no group"),
-        (0, b'{"label": 1, "group": "patient"}', 0, "patient"),
+        (1, b"not a picture", 0, "undecodable: its image is not a JPEG or PNG"),
+        (1, b"\xff" * 64, 60, "undecodable: "),
+        (0, b"{" * 20, 0, "malformed: Expecting property name"),
+        (0, b'{"label": 99, "group": "0"}', 0, "malformed: its label 99 is not among the manifest's 3 classes"),
+        (0, b'{"label": 1, "grp": "00"}', 0, "malformed: it has no group"),
+        (0, b'{"label": 1, "group": "patient"}', 0, "malformed: invalid literal"),
+        (1, b"2", 156 - 512, "malformed: its member .* is no plain file"),
+        (1, b"x" * 11, 124 - 512, "malformed: its tar header is damaged"),
+        (1, b"07777777777", 124 - 512, "malformed: its member .* is cut short"),
+        (1, b"other.png\0", -512, "malformed: members of two samples"),
+        (1, b"/etc", 345 - 512, "malformed: its member .* is no plain file with a short name"),
     ],
-    ids=["no-image", "flipped-bytes", "no-json", "label", "no-group", "group"],
+    ids=[
+        "no-image",
+        "flipped",
+        "no-json",
+        "label",
+        "no-group",
+        "group",
+        "link",
+        "no-size",
+        "size",
+        "keys",
+        "long-name",
+    ],
 )
 def test_damaged_sample_is_named(tmp_path, member, content, skip, reason):
     manifest = make_dataset(tmp_path)
     if member == 0:  # fill the old JSON's whole length
         content = content.ljust(len(json.dumps({"label": 0, "group": "0" * 32})))
-    path, offset, key = overwrite(manifest, 3, member, content, skip)
-    reader = ShardReader(manifest, "train")
-    with pytest.raises(UserError) as caught:
+    mended, path, offset, key = overwrite(manifest, 3, member, content, skip)
+    reader = ShardReader(mended, "train")
+    with pytest.raises(UserError, match=reason) as caught:
         reader.read(3)
     message = str(caught.value)
-    for part in (str(path), key, f"byte {offset}", reason, f"python -m shards.verify {tmp_path}"):
+    for part in (str(path), key, f"byte {offset}", f"python -m shards.verify {tmp_path}"):
         assert part in message
     assert "\n" not in message
     assert reader.read(2).key != key
+
+
+def test_a_flipped_byte_is_found_whatever_it_changes(tmp_path):
+    manifest = make_dataset(tmp_path, train=3, shard_size=3)
+    shard = manifest.splits["train"][0]
+    path, (offset, length, _) = tmp_path / shard.file, shard.samples[1]
+    whole = path.read_bytes()
+    for place in range(offset, offset + length, 97):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=f"at byte {offset} cannot be read .checksum: its bytes are not those"):
+            ShardReader(manifest, "train").read(1)
 
 
 def test_image_without_extension_we_read_is_named(tmp_path):
@@ -146,15 +183,50 @@ def test_short_and_missing_shards_are_named(tmp_path):
     shard.write_bytes(shard.read_bytes()[:4000])
     reader = ShardReader(manifest, "train")
     assert reader.read(0).image.mode == "RGB"
-    with pytest.raises(UserError, match="bytes early"):
+    with pytest.raises(UserError, match=r"truncated: the shard ends .* bytes early"):
         reader.read(3)
     shard.unlink()
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="missing: there is no file"):
         ShardReader(manifest, "train").read(0)
+    assert reader.read(0).image.mode == "RGB"  # it is open still
+
+
+def test_a_file_that_comes_back_is_waited_for(tmp_path, monkeypatch):
+    manifest = make_dataset(tmp_path, train=4, shard_size=4)
+    shard = tmp_path / manifest.splits["train"][0].file
+    away = shard.rename(tmp_path / "away")
+    pauses = []
+    monkeypatch.setattr("time.sleep", lambda pause: pauses.append(pause) or (len(pauses) == 2 and away.rename(shard)))
+    assert ShardReader(manifest, "train").read(0).image.mode == "RGB"
+    assert pauses == [0.2, 1.0]
+    shard.rename(away)
+    reader = ShardReader(manifest, "train")
+    for _ in range(3):  # a shard that is gone is not waited for again and again
+        with pytest.raises(UserError, match="missing"):
+            reader.read(1)
+    assert pauses == [0.2, 1.0, 0.2, 1.0, 4.0]
+
+
+def test_a_large_jpeg_may_be_decoded_small(tmp_path):
+    def jpeg(_: Image.Image) -> tuple[str, bytes]:
+        buffer = io.BytesIO()
+        Image.effect_mandelbrot((640, 480), (-2, -1.5, 1, 1.5), 90).save(buffer, "JPEG")
+        return "jpg", buffer.getvalue()
+
+    reader = ShardReader(make_dataset(tmp_path, train=1, encode=jpeg), "train")
+    sizes = {least: reader.decode(reader.content(0), least).image.size for least in (None, 480, 241, 240, 100, 10)}
+    assert sizes == {
+        None: (640, 480),
+        480: (640, 480),
+        241: (640, 480),
+        240: (320, 240),
+        100: (160, 120),
+        10: (80, 60),
+    }
 
 
 def test_open_shards_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("tracekin.data.decode.MAX_OPEN_SHARDS", 2)
+    monkeypatch.setitem(MAX_OPEN, "local", 2)
     reader = ShardReader(make_dataset(tmp_path, train=8, shard_size=2), "train")
     keys = [reader.read(index).key for index in (*range(8), *range(8))]
     assert keys[:8] == keys[8:]

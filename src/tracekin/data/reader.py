@@ -1,0 +1,250 @@
+"""Any sample of a split by its number: one positioned read from a local shard, from the node's cache or from afar."""
+
+import os
+import threading
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tracekin.config import DataConfig, UserError
+from tracekin.data.cache import ShardCache
+from tracekin.data.decode import BLOCK, Sample, decode_sample, first_key
+from tracekin.data.faults import Fault, Reason, patiently
+from tracekin.data.manifest import Manifest
+from tracekin.data.remote import RemoteShards, is_remote
+
+MAX_OPEN = {"local": 256, "remote": 16}
+"""Shards held open; few where an evicted one would keep the cache's space."""
+REQUESTS = 8
+"""Requests to a store that a process has under way at once."""
+RESPITE = 60.0
+"""Seconds for which a shard that could not be had is not asked for again."""
+
+
+class Skipped(NamedTuple):
+    """A sample that could not be had, and why."""
+
+    number: int
+    """In its split."""
+    key: str
+    """Empty where even its name cannot be read."""
+    shard: str
+    offset: int
+    reason: Reason
+    detail: str
+
+
+class ShardReader:
+    """Reads samples of one split by number: shards in the manifest's order, samples in their shard's order.
+
+    Files are opened at their first use in each process and read with ``pread``, so that forked loader workers and
+    several ranks share neither a file position nor a lock. A sample of a remote shard comes from the node's cache if
+    the shard is there, else by a request of its own; ``prefetch`` brings shards into the cache meanwhile.
+    """
+
+    def __init__(self, manifest: Manifest, split: str, config: DataConfig | None = None) -> None:
+        """Index the split; ``config`` says where remote shards are cached.
+
+        Raises:
+            UserError: if the manifest has no such split.
+        """
+        config = config or DataConfig()
+        self.shards = manifest.shards(split)
+        self.sizes = [len(shard.samples) for shard in self.shards]
+        self.folder, self._num_classes = manifest.folder, len(manifest.classes)
+        self._remote: RemoteShards | None = None
+        if is_remote(manifest.folder):
+            self._remote = RemoteShards(manifest.folder, ShardCache(config.cache, int(config.cache_gb * 1e9)))
+        # Arrays, not the manifest's lists: workers that touch them copy no pages and count no references.
+        samples = [np.array(shard.samples, dtype=np.int64).reshape(-1, 3) for shard in self.shards]
+        self._extents = np.concatenate(samples)
+        self._ends = np.cumsum(self.sizes)
+        self._forget()
+
+    def __len__(self) -> int:
+        return len(self._extents)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_open", "_down", "_threads", "_wanted", "_lock")
+        return {key: value for key, value in self.__dict__.items() if key not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    @property
+    def remote(self) -> bool:
+        return self._remote is not None
+
+    def read(self, number: int) -> Sample:
+        """Read and decode sample ``number``, 0 <= number < len(self).
+
+        Raises:
+            UserError: if it cannot be had, naming the shard, the key and the offset.
+        """
+        content = b""
+        try:
+            content = self.content(number)
+            return self.decode(content)
+        except Fault as fault:
+            raise self.error(self.skipped(number, fault, content)) from fault
+
+    def content(self, number: int) -> bytes:
+        """The sample's bytes, checked against the manifest's CRC-32; passing faults are waited out.
+
+        Raises:
+            Fault: missing, truncated, checksum, timeout or unreachable.
+        """
+        shard, offset, length, checksum = self._place(number)
+        fault, until = self._down.get(shard, (None, 0.0))
+        if fault is not None and time.monotonic() < until:
+            raise fault
+        try:
+            content = patiently(lambda: self._bytes(shard, offset, length))
+            if zlib.crc32(content) != checksum:
+                content = self._once_more(shard, offset, length)
+            if zlib.crc32(content) != checksum:
+                raise Fault("checksum", "its bytes are not those that were packed")
+            return content
+        except Fault as fault:
+            if fault.reason in ("missing", "timeout", "unreachable"):  # the shard's fault, not this sample's
+                self._down[shard] = (fault, time.monotonic() + RESPITE)
+            raise
+
+    def contents(self, numbers: Iterable[int]) -> Iterator[bytes | Fault]:
+        """``content`` of each number in turn, or its fault; of a remote split several requests are under way."""
+
+        def one(number: int) -> bytes | Fault:
+            try:
+                return self.content(number)
+            except Fault as fault:
+                return fault
+
+        return self._pool("requests").map(one, numbers) if self.remote else map(one, numbers)
+
+    def decode(self, content: bytes, least_side: int | None = None) -> Sample:
+        """See ``decode_sample``."""
+        return decode_sample(content, self._num_classes, least_side)
+
+    def prefetch(self, numbers: Iterable[int]) -> None:
+        """Start to bring the shards of these samples into the node's cache; returns at once. Local: does nothing."""
+        if self._remote is None:
+            return
+        for shard in np.unique(np.searchsorted(self._ends, np.fromiter(numbers, np.int64), side="right")).tolist():
+            if shard not in self._wanted and shard not in self._open:
+                self._wanted.add(shard)
+                self._pool("shards").submit(self._fetch, shard)
+
+    def key(self, number: int) -> str:
+        """The key of sample ``number``, from its first tar header alone.
+
+        Raises:
+            UserError: if it cannot be had.
+        """
+        shard, offset, _, _ = self._place(number)
+        try:
+            key = first_key(patiently(lambda: self._bytes(shard, offset, BLOCK)))
+            if not key:
+                raise Fault("malformed", "it has no readable name")
+            return key
+        except Fault as fault:
+            raise self.error(self.skipped(number, fault)) from fault
+
+    def skipped(self, number: int, fault: Fault, content: bytes | Fault = b"") -> Skipped:
+        """The record of a sample that could not be had; ``content`` are its bytes as far as they are known."""
+        shard, offset, _, _ = self._place(number)
+        key = first_key(content) if isinstance(content, bytes) else ""
+        if not key and fault.reason in ("truncated", "checksum"):  # its head may still be there
+            with suppress(Fault):
+                key = first_key(self._bytes(shard, offset, BLOCK))
+        return Skipped(number, key, self.shards[shard].file, offset, fault.reason, fault.detail)
+
+    def error(self, skipped: Skipped) -> UserError:
+        """A user's error that names it."""
+        where = f"{self.folder}/{skipped.shard}: sample {skipped.key or '(no key)'} at byte {skipped.offset}"
+        mend = "copy the set again" if self.remote else f"find all such with: python -m shards.verify {self.folder}"
+        return UserError(f"{where} cannot be read ({skipped.reason}: {skipped.detail}); {mend}")
+
+    def _bytes(self, shard: int, offset: int, length: int) -> bytes:
+        # Another thread may close this descriptor, and reuse its number, before it is read: the checksum tells.
+        descriptor = self._descriptor(shard)
+        if descriptor is None:
+            assert self._remote is not None
+            return self._remote.read(self.shards[shard], offset, length)
+        try:
+            content = os.pread(descriptor, length, offset)
+        except OSError as error:
+            self._close(shard)
+            raise Fault("unreachable", error.strerror or repr(error), passing=True) from None
+        if len(content) < length:
+            raise Fault("truncated", f"the shard ends {length - len(content)} bytes early")
+        return content
+
+    def _descriptor(self, shard: int) -> int | None:
+        """Of the local file or the cached copy; None where a remote shard is not in the cache."""
+        with self._lock:
+            if shard in self._open:
+                return self._open[shard]
+            if self._remote is not None:
+                descriptor = self._remote.cached(self.shards[shard])
+                if descriptor is None:
+                    return None
+            else:
+                path = os.path.join(self.folder, self.shards[shard].file)
+                try:
+                    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    raise Fault("missing", f"there is no file {path}", passing=True) from None
+                except OSError as error:
+                    raise Fault("unreachable", error.strerror or repr(error), passing=True) from None
+            while len(self._open) >= MAX_OPEN["remote" if self.remote else "local"]:
+                os.close(self._open.pop(next(iter(self._open))))
+            self._open[shard] = descriptor
+            return descriptor
+
+    def _once_more(self, shard: int, offset: int, length: int) -> bytes:
+        """Read again what had a wrong checksum: past a copy in the cache that was damaged after it was verified."""
+        if self._remote is not None:
+            self._close(shard)
+            self._remote.discard(self.shards[shard])
+        return self._bytes(shard, offset, length)
+
+    def _fetch(self, shard: int) -> None:
+        assert self._remote is not None
+        try:
+            os.close(self._remote.open(self.shards[shard]))
+        except Fault as fault:  # whoever needs its samples reports it
+            self._down[shard] = (fault, time.monotonic() + RESPITE)
+        finally:
+            self._wanted.discard(shard)
+
+    def _place(self, number: int) -> tuple[int, int, int, int]:
+        """Shard, offset, length and CRC-32 of a sample."""
+        offset, length, checksum = self._extents[number].tolist()
+        return int(np.searchsorted(self._ends, number, side="right")), offset, length, checksum
+
+    def _close(self, shard: int) -> None:
+        with self._lock:
+            descriptor = self._open.pop(shard, None)
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def _pool(self, task: str) -> ThreadPoolExecutor:
+        """Threads for one task: single samples need not wait for whole shards."""
+        key = (os.getpid(), task)  # threads do not survive a fork
+        if key not in self._threads:
+            self._threads[key] = ThreadPoolExecutor(REQUESTS, task)
+        return self._threads[key]
+
+    def _forget(self) -> None:
+        """What is this process's own: descriptors and threads mean nothing in another."""
+        self._open: dict[int, int] = {}
+        self._down: dict[int, tuple[Fault, float]] = {}
+        self._threads: dict[tuple[int, str], ThreadPoolExecutor] = {}
+        self._wanted: set[int] = set()
+        self._lock = threading.Lock()

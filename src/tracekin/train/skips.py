@@ -1,0 +1,43 @@
+"""Images that could not be read: counted over all ranks, logged with their keys, and too many of them end the run."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from tracekin.data.reader import Skipped
+from tracekin.data.stream import too_many
+from tracekin.distributed import collectives
+
+
+class Skips:
+    """What an epoch had to replace. Every rank counts its own; ``flush`` lets all of them know the sum."""
+
+    def __init__(self, count: int, most: float) -> None:
+        """``count`` images are in the train split; an epoch may replace ``count * most`` of them."""
+        self.count, self.most = count, most
+        self.fresh: list[Skipped] = []
+        self.in_epoch = 0
+
+    def flush(self, step: int, folder: Path | None) -> None:
+        """Log what is new since the last flush. Collective: call it where the sum over ranks is not 0.
+
+        Args:
+            step: steps done.
+            folder: where rank 0 appends to ``skipped.jsonl``; None on the other ranks.
+
+        Raises:
+            UserError: on every rank alike, if the epoch has replaced more than it may.
+        """
+        fresh = [skipped for part in collectives.gather_objects(self.fresh) for skipped in part]
+        self.fresh = []
+        self.in_epoch += len(fresh)
+        if fresh and folder is not None:
+            with (folder / "skipped.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step, **skipped._asdict()}) + "\n" for skipped in fresh)
+            reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(s.reason for s in fresh).most_common())
+            print(f"step {step}: {len(fresh)} unreadable images replaced ({reasons}); see {folder}/skipped.jsonl")
+        if self.in_epoch > self.most * self.count:
+            raise too_many(fresh, self.in_epoch, self.count)
+
+    def end_epoch(self) -> None:
+        self.in_epoch = 0
