@@ -5,6 +5,7 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import stat
 import tempfile
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -62,6 +64,14 @@ def listed(cache: ShardCache) -> set[str]:
     return set(os.listdir(cache.folder)) - {"lock"}
 
 
+def used(folder: str | Path) -> int:
+    total = 0
+    for path in Path(folder).iterdir():
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
+
+
 def test_second_open_needs_no_download(tmp_path: Path) -> None:
     cache = pickle.loads(pickle.dumps(ShardCache(str(tmp_path / "cache"), 1000)))
     content = content_of(1, 100)
@@ -104,14 +114,11 @@ def test_limit_is_never_exceeded(limit: int, operations: list[Operation]) -> Non
         cache = ShardCache(folder, limit)
         model: dict[int, int] = {}
 
-        def used() -> int:
-            return sum(entry.stat().st_size for entry in os.scandir(folder))
-
         for operation, number in operations:
             content = content_of(number, 10 + 7 * number)
 
             def write(file: BinaryIO, content: bytes = content, operation: str = operation) -> None:
-                assert used() <= limit
+                assert used(folder) <= limit
                 if operation == "fail":
                     raise Fault("missing", "")
                 file.write(content)
@@ -126,7 +133,7 @@ def test_limit_is_never_exceeded(limit: int, operations: list[Operation]) -> Non
                 cache.discard(sha(content))
                 model.pop(number, None)
             elif operation == "killed":  # what a killed process leaves: a partial file that nobody locks
-                if number not in model and used() + len(content) <= limit:
+                if number not in model and used(folder) + len(content) <= limit:
                     Path(folder, sha(content) + ".partial").write_bytes(content)
             elif number in model:
                 assert fetch(cache, content, cannot_fetch) == content
@@ -144,7 +151,7 @@ def test_limit_is_never_exceeded(limit: int, operations: list[Operation]) -> Non
                     model.pop(next(iter(model)))
                 if operation == "open":
                     model[number] = len(content)
-            assert used() <= limit
+            assert used(folder) <= limit
             assert {name for name in listed(cache) if "." not in name} == {
                 sha(content_of(kept, 10 + 7 * kept)) for kept in model
             }
@@ -183,6 +190,24 @@ def test_processes_and_threads_download_a_shard_once(tmp_path: Path) -> None:
     assert Path(counter).read_text() == "x"
 
 
+def _open_many(cache: ShardCache, seed: int, results) -> None:
+    generator = random.Random(seed)
+    numbers = [generator.randrange(12) for _ in range(60)]
+    contents = [content_of(number, 20 + 5 * number) for number in numbers]
+    results.put(sum(fetch(cache, content) == content for content in contents))
+
+
+def test_processes_in_a_crowded_cache_keep_to_its_limit(tmp_path: Path) -> None:
+    cache, results = ShardCache(str(tmp_path), 150), FORK.Queue()
+    children = [FORK.Process(target=_open_many, args=(cache, seed, results)) for seed in range(4)]
+    for child in children:
+        child.start()
+    while any(child.is_alive() for child in children):
+        with cache._changing():  # else a file that is renamed meanwhile might be counted twice
+            assert used(tmp_path) <= 150
+    assert [results.get(timeout=20) for _ in children] == [60] * 4
+
+
 def test_different_shards_download_in_parallel(tmp_path: Path) -> None:
     cache, meeting = ShardCache(str(tmp_path), 1000), threading.Barrier(3, timeout=10)
 
@@ -216,7 +241,7 @@ def test_downloads_under_way_count_in_full_and_room_is_waited_for(tmp_path: Path
         assert started.wait(10)
         two = threads.submit(fetch, cache, content_of(2, 60), second)
         time.sleep(4 * cache_module.WAIT)
-        assert sum(entry.stat().st_size for entry in os.scandir(tmp_path)) == 60
+        assert used(tmp_path) == 60
         go_on.set()
         assert one.result(10) == content_of(1, 60)
         assert two.result(10) == content_of(2, 60)
@@ -283,20 +308,24 @@ def test_a_killed_downloads_space_is_free_again(tmp_path: Path) -> None:
 
 
 def test_a_lock_ends_with_its_holder_although_a_child_was_forked_meanwhile(tmp_path: Path) -> None:
+    """The child shares the descriptor, and the lock with it."""
     cache, content = ShardCache(str(tmp_path), 100), content_of(1, 60)
-    children = []
+    child = FORK.Process(target=time.sleep, args=(60,))
+    with ThreadPoolExecutor(1) as threads:
+        waiters = []
 
-    def write(file: BinaryIO) -> None:
-        children.append(FORK.Process(target=time.sleep, args=(60,)))
-        children[0].start()
-        file.write(content)
+        def write(file: BinaryIO) -> None:
+            child.start()
+            waiters.append(threads.submit(fetch, cache, content, cannot_fetch))
+            time.sleep(0.2)  # until it waits for the lock
+            file.write(content)
 
-    try:
-        fetch(cache, content, write)
-        assert fetch(cache, content_of(2, 90)) == content_of(2, 90)
-    finally:
-        children[0].kill()
-        children[0].join()
+        try:
+            fetch(cache, content, write)
+            assert waiters[0].result(10) == content
+        finally:
+            child.kill()
+            child.join()
 
 
 @pytest.mark.parametrize(("wrong", "attempts"), [(1, 2), (3, 3)])

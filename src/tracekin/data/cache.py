@@ -194,8 +194,9 @@ class ShardCache:
         shards, under_way = [], 0
         for entry in list(os.scandir(self.folder)):
             if SHA256.fullmatch(entry.name):
-                state = entry.stat(follow_symlinks=False)
-                shards.append(_File(state.st_mtime_ns, state.st_size, entry.path))
+                with suppress(FileNotFoundError):  # cleaners of temporary folders know no locks
+                    state = entry.stat(follow_symlinks=False)
+                    shards.append(_File(state.st_mtime_ns, state.st_size, entry.path))
             elif SHA256.fullmatch(entry.name.removesuffix(PARTIAL)):
                 under_way += _bytes_under_way(entry.path)
         return shards, under_way
