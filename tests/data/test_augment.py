@@ -1,22 +1,38 @@
 """Views are pure functions of (seed, epoch, sample, view) with the stated distribution."""
 
+import io
 import math
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as tvf
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from tests.data.tiny import texture
 from tracekin.config import AugmentConfig
 from tracekin.data import augment
-from tracekin.data.augment import PRESETS, Augmentation, plain_view, random_words, resolve, to_planes, view
+from tracekin.data.augment import (
+    PRESETS,
+    Augmentation,
+    crop,
+    draw,
+    least_side,
+    plain_view,
+    random_words,
+    resolve,
+    to_planes,
+    view,
+)
 
 PLACE = {"seed": 5, "epoch": 3, "sample": 1234, "view": 0}
 EVERYTHING = Augmentation(0.3, 0.5, 0.4, 0.3, 15.0, 1.0, 0.8, grey=0.2, blur=(0.7, 0.1), solarise=(0.05, 0.4))
+STILL = Augmentation(1.0, jitter=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +108,7 @@ def test_frequency_of_each_operation(image, change, probability, view_number):
 def test_square_symmetries_are_equally_likely():
     corner = np.zeros((16, 16), np.uint8)
     corner[2:6, :3] = 255  # no symmetry of its own
-    still = Augmentation(1.0, 0.5, 0.5, 0.5, jitter=0)
+    still = replace(STILL, flip_x=0.5, flip_y=0.5, transpose=0.5)
     trials = 800
     seen: dict[bytes, int] = {}
     for n in range(trials):
@@ -137,44 +153,6 @@ def test_rotation_fills_no_corner():
         assert make(white, turned, size=11 + n % 4, channels=1, sample=n).min() > 0.999
 
 
-def test_colour_agrees_with_torchvision():
-    pixels = np.random.default_rng(0).uniform(0.35, 0.6, (3, 12, 12)).astype(np.float32)  # nothing is clipped
-    u = [0.9] * augment.NUM_DRAWS
-    u[augment.JITTER] = 0.0
-    u[augment.BRIGHTNESS], u[augment.CONTRAST], u[augment.SATURATION] = 0.8, 0.3, 0.1
-    ours = augment._colour(pixels, Augmentation(1.0, hue=0.0), u)
-    expected = tvf.adjust_brightness(torch.from_numpy(pixels), 1 + 0.4 * 0.6)
-    expected = tvf.adjust_contrast(expected, 1 - 0.4 * 0.4)
-    expected = tvf.adjust_saturation(expected, 1 - 0.2 * 0.8)
-    assert np.abs(ours - expected.numpy()).max() < 2e-3  # torchvision's luma weights have four digits
-    grey = augment._colour(pixels, Augmentation(1.0, grey=1.0, jitter=0.0), u)
-    assert np.abs(grey - tvf.rgb_to_grayscale(torch.from_numpy(pixels), 3).numpy()).max() < 2e-3
-
-
-def test_hue_keeps_grey_and_luma_and_turns_in_torchvisions_sense():
-    pixels = np.full((3, 1, 2), 0.5, np.float32)
-    pixels[:, 0, 1] = (0.6, 0.4, 0.4)
-    turned = augment._mix(augment._hue_rotation(0.1), pixels)
-    assert np.allclose(turned[:, 0, 0], 0.5, atol=1e-5)
-    assert np.allclose(augment.LUMA @ turned[:, 0], augment.LUMA @ pixels[:, 0], atol=1e-5)
-    theirs = tvf.adjust_hue(torch.from_numpy(pixels), 0.1).numpy()
-    ours_chroma, their_chroma = (x[:, 0, 1] - augment.LUMA @ x[:, 0, 1] for x in (turned, theirs))
-    cosine = ours_chroma @ their_chroma / np.linalg.norm(ours_chroma) / np.linalg.norm(their_chroma)
-    assert cosine > 0.9
-
-
-@pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
-def test_blur_agrees_with_torchvision(sigma):
-    pixels = np.random.default_rng(0).random((3, 32, 28)).astype(np.float32)
-    radius = min(3, math.ceil(3 * sigma))
-    ours = augment._blur(pixels, sigma, 3)
-    expected = tvf.gaussian_blur(torch.from_numpy(pixels), [2 * radius + 1] * 2, [sigma] * 2).numpy()
-    inner = np.s_[:, 3:-3, 3:-3]  # edges differ: repeated here, mirrored there
-    assert ours.shape == pixels.shape
-    assert np.abs(ours[inner] - expected[inner]).max() < 1e-5
-    assert np.allclose(augment._blur(np.ones_like(pixels), sigma, 3), 1, atol=1e-6)
-
-
 def test_plain_view_is_resize_shortest_then_centre_crop():
     wide = texture(0, 64, 3, np.random.default_rng(1)).resize((80, 48))
     ours = plain_view(wide, image_size=24, channels=3)
@@ -187,8 +165,12 @@ def test_plain_view_is_resize_shortest_then_centre_crop():
 
 def test_channel_conversion():
     red = Image.new("RGB", (4, 4), (255, 0, 0))
-    assert np.allclose(to_planes(red, 1), 0.299, atol=1e-6)
-    assert np.array_equal(to_planes(Image.new("L", (4, 4), 51), 3), np.full((3, 4, 4), np.float32(0.2)))
+    luma = np.full((1, 4, 4), np.float32(76 / 255))  # 0.299 in whole grey levels
+    assert np.array_equal(to_planes(red, 1), luma)
+    assert np.allclose(make(red, STILL, 4, 1), luma, atol=1e-6)
+    fifth = Image.new("L", (4, 4), 51)
+    for planes in (to_planes(fifth, 3), make(fifth, STILL, 4, 3)):
+        assert np.allclose(planes, np.full((3, 4, 4), 0.2), atol=1e-7)
 
 
 def test_resolve_takes_the_presets_values_where_none_are_given():
@@ -199,10 +181,77 @@ def test_resolve_takes_the_presets_values_where_none_are_given():
 
 
 def test_presets_respect_their_modality(image):
-    xray, skin = PRESETS["xray"], PRESETS["dermoscopy"]
-    assert (xray.flip_x, xray.hue, xray.saturation) == (0, 0, 0)
-    assert (skin.grey, skin.solarise, skin.rotation) == (0, (0, 0), 0)
-    assert (skin.flip_x, skin.flip_y, skin.transpose) == (0.5, 0.5, 0.5)
-    for n in range(20):  # a grey film stays grey in three channels
-        planes = make(image.convert("L"), xray, sample=n)
+    skin, slide, chest, slice_ = (PRESETS[name] for name in ("dermoscopy", "microscopy", "xray", "ct"))
+    assert set(PRESETS) == set(get_args(get_type_hints(AugmentConfig)["preset"]))
+    for free in (skin, slide):  # no side of the image is known, and colour is a finding
+        assert (free.flip_x, free.flip_y, free.transpose) == (0.5, 0.5, 0.5)
+        assert free.grey == 0
+    for grey in (chest, slice_):
+        assert (grey.flip_x, grey.flip_y, grey.transpose) == (0, 0, 0)
+        assert (grey.hue, grey.saturation) == (0, 0)
+    assert all(preset.solarise == (0, 0) for preset in PRESETS.values())
+    assert slide.jitter * slide.hue > skin.jitter * skin.hue
+    assert slide.jitter * slide.saturation > skin.jitter * skin.saturation
+    assert 0 < slice_.rotation < chest.rotation
+    assert slice_.contrast < chest.contrast
+    assert max(slice_.blur) < max(chest.blur)
+    for preset in PRESETS.values():  # twice the strength, the most that the config takes, inverts nothing
+        assert 2 * preset.jitter * max(preset.brightness, preset.contrast, preset.saturation) < 1
+
+
+@pytest.mark.parametrize("preset", ["xray", "ct"])
+def test_left_stays_left_and_grey_stays_grey(preset):
+    bright_corner = np.zeros((40, 40), np.uint8)
+    bright_corner[:20, :20] = 200
+    bright_corner[:20, 20:] = 100
+    for n in range(60):
+        planes = make(Image.fromarray(bright_corner), replace(PRESETS[preset], crop_min=0.8), sample=n)
         assert np.abs(planes - planes[:1]).max() == 0
+        quarters = [planes[0, rows, columns].mean() for rows in np.s_[:8, -8:] for columns in np.s_[:8, -8:]]
+        assert quarters[0] > quarters[1] > max(quarters[2:])
+
+
+def test_16_bits_keep_their_precision():
+    ramp = (np.arange(64 * 64).reshape(64, 64) / 4095 * 255).astype(np.float32)  # 4096 levels
+    deep = Image.fromarray(ramp)
+    pixels = crop(deep, STILL, image_size=64, channels=1, u=draw(**PLACE))
+    assert pixels.dtype == np.float32
+    planes = make(deep, STILL, 64, 1)
+    assert len(np.unique(planes)) > 3000
+    assert np.abs(planes - pixels / 255).max() < 1e-6
+    assert crop(deep.convert("L"), STILL, image_size=64, channels=1, u=draw(**PLACE)).dtype == np.uint8
+
+
+def test_bicubic_overshoot_is_clipped_for_16_bits():
+    edge = np.zeros((8, 8), np.float32)
+    edge[:, 4:] = 255
+    pixels = crop(Image.fromarray(edge), STILL, image_size=32, channels=3, u=draw(**PLACE))
+    assert pixels.shape == (3, 32, 32)
+    assert (pixels.min(), pixels.max()) == (0, 255)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@given(size=st.integers(8, 64), shape=st.tuples(st.integers(300, 900), st.integers(300, 900)), sample=st.integers(0))
+def test_no_crop_of_a_least_side_holds_less_than_two_pixels_a_pixel(preset, size, shape, sample):
+    augmentation = PRESETS[preset]
+    least = least_side(augmentation, size)
+    shrunk = [round(least * side / min(shape)) for side in shape]
+    u = draw(**{**PLACE, "sample": sample % 2**64})
+    left, top, right, bottom = augment._crop_box((shrunk[0], shrunk[1]), augmentation.crop_min, u[augment.CROP :])
+    assert min(right - left, bottom - top) >= 2 * size
+    assert least_side(replace(augmentation, rotation=0.0), size) <= least
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_views_of_a_jpeg_shrunk_while_it_is_decoded_are_nearly_the_same(preset):
+    augmentation, size = replace(PRESETS[preset], jitter_probability=0.0), 32
+    buffer = io.BytesIO()
+    texture(1, 640, 3, np.random.default_rng(0)).save(buffer, "JPEG", quality=92)
+    least = least_side(augmentation, size)
+    whole, shrunk = (Image.open(buffer) for _ in range(2))
+    shrunk.draft("RGB", (least, least))
+    assert least <= min(shrunk.size) < min(whole.size)
+    one, other = (np.stack([make(image, augmentation, size, sample=n) for n in range(12)]) for image in (whole, shrunk))
+    difference = np.abs(one - other) * 255
+    assert difference.mean() < 1
+    assert difference.max() < 8

@@ -3,10 +3,8 @@
 Every random number of a view comes from a counter-based generator at (seed, epoch, sample, view): nothing depends on
 the world size, the loader workers or the step at which a run was resumed.
 
-The order is fixed: crop, rotation, flips, brightness, contrast, saturation, hue, grey, blur, solarise. With hue as a
-rotation in YIQ (torchvision shifts the angle of HSV) all colour operations are linear in the pixels, so they are one
-matrix and one shift a view, clipped once. Image arithmetic is element-wise numpy: BLAS threads would fight over a
-worker's core.
+The order is fixed: crop, rotation, flips (made here, image by image, in Pillow), then brightness, contrast, saturation,
+hue, grey, blur, solarise (tracekin.data.photometry, which a worker does view by view or a device batch by batch).
 """
 
 import math
@@ -17,17 +15,26 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tracekin.config import AugmentConfig
-
-Planes = NDArray[np.float32]  # [channels, height, width], values 0..1
-
-LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow and torchvision have it
-YIQ = np.array([LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-YIQ_INVERSE = np.linalg.inv(YIQ)
-TO_GREY = np.tile(LUMA, (3, 1))
+from tracekin.data.photometry import LUMA as LUMA
+from tracekin.data.photometry import (
+    MAX_SIGMA,
+    Parameters,
+    Pixels,
+    apply_to_one,
+    colour_matrix,
+    gaussian_taps,
+    mean_luma,
+    pack,
+)
+from tracekin.data.photometry import Planes as Planes
 
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
-BLUR_SIGMA = (0.1, 2.0)
+BLUR_SIGMA = (0.1, MAX_SIGMA)
+REDUCING_GAP = 2.0
+"""Pillow's: an image is first shrunk, by averaging whole pixels or while its JPEG is decoded, as long as this many
+times the wanted pixels a side remain. It halves the time of a crop that is more than four times larger than its view.
+"""
 
 # Each use of chance has its own place among a view's numbers, so that a preset without one leaves the others alone.
 FLIP_X, FLIP_Y, TRANSPOSE, ROTATION, BLUR, SIGMA, SOLARISE, GREY = range(8)
@@ -70,6 +77,28 @@ PRESETS: dict[str, Augmentation] = {
     "dermoscopy": Augmentation(crop_min=0.25, flip_x=0.5, flip_y=0.5, transpose=0.5, jitter=0.4, blur=(0.5, 0.1)),
     # A chest has a left and a right side (the heart's) and no hue; exposure and pose vary.
     "xray": Augmentation(crop_min=0.3, rotation=10.0, saturation=0.0, hue=0.0, blur=(0.5, 0.1)),
+    # Tissue on a slide lies any way round. How much stain it took, of which batch and under which scanner, varies among
+    # laboratories and says nothing of the patient: saturation and hue vary more than a lesion's. Which stain a cell
+    # took is a finding: no grey, and hue no more than BYOL's tenth of a turn. Slides are lit evenly, so brightness and
+    # contrast vary less than BYOL's photographs do; focus differs (blur).
+    "microscopy": Augmentation(
+        crop_min=0.25,
+        flip_x=0.5,
+        flip_y=0.5,
+        transpose=0.5,
+        brightness=0.2,
+        contrast=0.2,
+        saturation=0.4,
+        hue=0.1,
+        blur=(0.5, 0.1),
+    ),
+    # The sides of an axial slice are known (the liver's, the spine's), so nothing is flipped; patients lie straight
+    # within a few degrees. Values are calibrated (Hounsfield units), so brightness and contrast vary only as level and
+    # width of a window do. A slice is air at its borders and small nodules are findings: crops keep more of it, and
+    # blur, which stands for smoother reconstruction, is rare.
+    "ct": Augmentation(
+        crop_min=0.4, rotation=5.0, brightness=0.2, contrast=0.2, saturation=0.0, hue=0.0, blur=(0.2, 0.1)
+    ),
 }
 
 
@@ -83,6 +112,12 @@ def random_words(seed: int, epoch: int, place: tuple[int, int, int], count: int)
     """``count`` words of 64 random bits at one place of the counter space of Philox4x64 keyed by (seed, epoch)."""
     key = np.array([seed % 2**64, epoch], dtype=np.uint64)
     return np.random.Philox(key=key, counter=np.array([0, *place], dtype=np.uint64)).random_raw(count)
+
+
+def draw(*, seed: int, epoch: int, sample: int, view: int) -> list[float]:
+    """The random numbers of one view, uniform in [0, 1), each at its place (FLIP_X, ...)."""
+    words = random_words(seed, epoch, (sample, view, 0), NUM_DRAWS)
+    return [float(u) for u in (words >> np.uint64(11)) * 2.0**-53]
 
 
 def view(
@@ -108,22 +143,9 @@ def view(
         sample: number of the sample in its split.
         view: 0 or more.
     """
-    words = random_words(seed, epoch, (sample, view, 0), NUM_DRAWS)
-    u = ((words >> np.uint64(11)) * 2.0**-53).tolist()
-    planes = to_planes(_crop(image, augmentation, image_size, u), channels)
-    if u[TRANSPOSE] < augmentation.transpose:
-        planes = planes.swapaxes(1, 2)
-    if u[FLIP_Y] < augmentation.flip_y:
-        planes = planes[:, ::-1]
-    if u[FLIP_X] < augmentation.flip_x:
-        planes = planes[:, :, ::-1]
-    planes = _colour(planes, augmentation, u)
-    if u[BLUR] < augmentation.blur[min(view, 1)]:
-        sigma = BLUR_SIGMA[0] + u[SIGMA] * (BLUR_SIGMA[1] - BLUR_SIGMA[0])
-        planes = _blur(planes, sigma, (image_size // 10 | 1) // 2)
-    if u[SOLARISE] < augmentation.solarise[min(view, 1)]:
-        planes = np.minimum(planes, 1 - planes)  # values above one half are inverted
-    return planes
+    u = draw(seed=seed, epoch=epoch, sample=sample, view=view)
+    pixels = crop(image, augmentation, image_size=image_size, channels=channels, u=u)
+    return apply_to_one(pixels, photometry_parameters(pixels, augmentation, u, view))
 
 
 def plain_view(image: Image.Image, *, image_size: int, channels: int) -> Planes:
@@ -140,31 +162,92 @@ def plain_view(image: Image.Image, *, image_size: int, channels: int) -> Planes:
 
 def to_planes(image: Image.Image, channels: int) -> Planes:
     """Pixels as float32 [channels, height, width] in 0..1; grey is repeated into RGB, RGB becomes its luma."""
-    pixels = np.asarray(image)
-    planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    planes = planes.astype(np.float32, order="C") / np.float32(255)
-    if image.mode == "F":  # bicubic overshoots there; Pillow clips 8 bits itself
-        planes = planes.clip(0, 1)
-    if len(planes) == channels:
-        return planes
-    if channels == 1:
-        return _mix(LUMA[None], planes)
-    return np.repeat(planes, channels, axis=0)
+    return _to_pixels(image, channels).astype(np.float32, order="C") / np.float32(255)
 
 
-def _crop(image: Image.Image, augmentation: Augmentation, size: int, u: list[float]) -> Image.Image:
-    """A random resized crop, turned inside the image."""
+def crop(image: Image.Image, augmentation: Augmentation, *, image_size: int, channels: int, u: list[float]) -> Pixels:
+    """A random resized crop, turned inside the image and flipped: what of a view is made image by image.
+
+    Args:
+        image: as ``view`` takes it.
+        augmentation: see ``resolve``.
+        image_size: side of the view, pixels.
+        channels: 1 or 3.
+        u: the view's random numbers, from ``draw``.
+
+    Returns:
+        [channels, image_size, image_size] with values 0..255: float32 of an image in mode F, else uint8. numpy stacks
+        both kinds together as float32, which changes no value.
+    """
+    if channels == 1 and image.mode == "RGB":
+        image = image.convert("L")  # a third of the resizing
+    pixels = _to_pixels(_turned_crop(image, augmentation, image_size, u), channels)
+    if u[TRANSPOSE] < augmentation.transpose:
+        pixels = pixels.swapaxes(1, 2)
+    if u[FLIP_Y] < augmentation.flip_y:
+        pixels = pixels[:, ::-1]
+    if u[FLIP_X] < augmentation.flip_x:
+        pixels = pixels[:, :, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def photometry_parameters(pixels: Pixels, augmentation: Augmentation, u: list[float], view: int) -> Parameters:
+    """What of a view is done to its crop, view by view or batch by batch.
+
+    Args:
+        pixels: the crop, [C, S, S].
+        augmentation: see ``resolve``.
+        u: the view's random numbers, from ``draw``.
+        view: 0 or more.
+
+    Returns:
+        [P] float32, see ``tracekin.data.photometry.pack``; P depends on C and S alone.
+    """
+    strength = augmentation.jitter if u[JITTER] < augmentation.jitter_probability else 0.0
+    brightness, contrast, saturation = (
+        1 + strength * spread * (2 * u[place] - 1)
+        for spread, place in (
+            (augmentation.brightness, BRIGHTNESS),
+            (augmentation.contrast, CONTRAST),
+            (augmentation.saturation, SATURATION),
+        )
+    )
+    hue = strength * augmentation.hue * (2 * u[HUE] - 1)
+    matrix = colour_matrix(saturation, hue, grey=u[GREY] < augmentation.grey) if len(pixels) == 3 else np.eye(1)
+    # Contrast blends with the mean luma; the operations after it leave grey as it is, so its shift passes unchanged.
+    shift = (1 - contrast) * brightness * mean_luma(pixels) if contrast != 1 else 0.0
+    sigma = 0.0
+    if u[BLUR] < augmentation.blur[min(view, 1)]:
+        sigma = BLUR_SIGMA[0] + u[SIGMA] * (BLUR_SIGMA[1] - BLUR_SIGMA[0])
+    taps = gaussian_taps(sigma, pixels.shape[-1])
+    return pack(brightness * contrast * matrix, shift, taps, solarise=u[SOLARISE] < augmentation.solarise[min(view, 1)])
+
+
+def least_side(augmentation: Augmentation, image_size: int) -> int:
+    """Pixels that an image's shortest side needs, for any crop to hold REDUCING_GAP times its view's pixels a side.
+
+    An image of more pixels may be shrunk while it is decoded (JPEG's draft mode) down to this side.
+    """
+    margin = _margin(image_size, math.radians(augmentation.rotation))
+    smallest = math.sqrt(augmentation.crop_min * CROP_RATIO[0])  # a crop's shorter side over the square image's
+    return math.ceil(REDUCING_GAP * (image_size + 2 * margin) / smallest)
+
+
+def _turned_crop(image: Image.Image, augmentation: Augmentation, size: int, u: list[float]) -> Image.Image:
     box = _crop_box(image.size, augmentation.crop_min, u[CROP:])
     angle = augmentation.rotation * (2 * u[ROTATION] - 1)
-    turn = math.radians(abs(angle))
-    margin = math.ceil(size * (math.cos(turn) + math.sin(turn) - 1) / 2)
+    margin = _margin(size, math.radians(abs(angle)))
     side = size + 2 * margin
-    # reducing_gap averages whole pixels first where the image is more than four times larger: half the time there.
-    crop = image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
+    resized = image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=REDUCING_GAP)
     if not margin:
-        return crop
-    turned = crop.rotate(angle, Image.Resampling.BILINEAR)
+        return resized
+    turned = resized.rotate(angle, Image.Resampling.BILINEAR)
     return turned.crop((margin, margin, margin + size, margin + size))
+
+
+def _margin(size: int, turn: float) -> int:
+    """Pixels around a square that keep its corners inside when it is turned by ``turn`` radians."""
+    return math.ceil(size * (math.cos(turn) + math.sin(turn) - 1) / 2)
 
 
 def _crop_box(image_size: tuple[int, int], crop_min: float, u: list[float]) -> tuple[float, float, float, float]:
@@ -183,49 +266,12 @@ def _crop_box(image_size: tuple[int, int], crop_min: float, u: list[float]) -> t
     return left, top, min(left + w, width), min(top + h, height)
 
 
-def _colour(planes: Planes, augmentation: Augmentation, u: list[float]) -> Planes:
-    """Jitter and grey: clip(matrix @ pixel + shift)."""
-    strength = augmentation.jitter if u[JITTER] < augmentation.jitter_probability else 0.0
-    brightness = 1 + strength * augmentation.brightness * (2 * u[BRIGHTNESS] - 1)
-    contrast = 1 + strength * augmentation.contrast * (2 * u[CONTRAST] - 1)
-    scale = brightness * contrast
-    means = planes.mean(axis=(1, 2))
-    mean_luma = means @ LUMA if len(planes) == 3 else means[0]
-    # Contrast blends with the mean luma; the operations after it leave grey as it is, so its shift passes unchanged.
-    shift = np.float32((1 - contrast) * brightness * mean_luma)
-    if len(planes) == 1:
-        return (planes * np.float32(scale) + shift).clip(0, 1)
-    saturation = 1 + strength * augmentation.saturation * (2 * u[SATURATION] - 1)
-    hue = strength * augmentation.hue * (2 * u[HUE] - 1)
-    matrix = scale * (saturation * np.eye(3) + (1 - saturation) * TO_GREY)
-    matrix = TO_GREY @ matrix if u[GREY] < augmentation.grey else _hue_rotation(hue) @ matrix
-    return (_mix(matrix, planes) + shift).clip(0, 1)
-
-
-def _hue_rotation(turns: float) -> NDArray[np.float64]:
-    cos, sin = math.cos(2 * math.pi * turns), math.sin(2 * math.pi * turns)
-    turn = np.array([[1, 0, 0], [0, cos, sin], [0, -sin, cos]])  # from red towards yellow, as in HSV
-    rotated: NDArray[np.float64] = YIQ_INVERSE @ turn @ YIQ
-    return rotated
-
-
-def _mix(matrix: NDArray[np.float64], planes: Planes) -> Planes:
-    """Matrix [out, 3] applied to each pixel of planes [3, height, width]."""
-    columns = matrix.T.astype(np.float32)[:, :, None, None]
-    mixed: Planes = columns[0] * planes[0] + columns[1] * planes[1] + columns[2] * planes[2]
-    return mixed
-
-
-def _blur(planes: Planes, sigma: float, radius: int) -> Planes:
-    """Separable Gaussian with repeated edges; taps beyond three sigma are left out."""
-    radius = min(radius, math.ceil(3 * sigma))
-    taps = np.exp(-0.5 * (np.arange(radius + 1) / sigma) ** 2)
-    taps = (taps / (taps[0] + 2 * taps[1:].sum())).astype(np.float32)
-    for _ in range(2):  # along the rows, then, axes swapped, along the columns; two swaps restore the axes
-        size = planes.shape[1]
-        padded = np.pad(planes, ((0, 0), (radius, radius), (0, 0)), mode="edge")
-        blurred = taps[0] * padded[:, radius : radius + size]
-        for d in range(1, radius + 1):
-            blurred += taps[d] * (padded[:, radius - d : radius - d + size] + padded[:, radius + d : radius + d + size])
-        planes = blurred.swapaxes(1, 2)
-    return planes
+def _to_pixels(image: Image.Image, channels: int) -> Pixels:
+    """[channels, height, width], perhaps as a view of other strides: uint8, or float32 of mode F; values 0..255."""
+    if channels == 1 and image.mode == "RGB":
+        image = image.convert("L")
+    pixels = np.asarray(image)
+    if image.mode == "F":
+        pixels = pixels.clip(0, 255)  # bicubic overshoots there; Pillow clips 8 bits itself
+    planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return planes if len(planes) == channels else np.repeat(planes, channels, axis=0)
