@@ -4,6 +4,7 @@ gs:// takes the same path as s3:// and https:// (a coroutine of fsspec under a t
 runs here. https:// is http:// below TLS.
 """
 
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -130,7 +131,13 @@ class TestS3:
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
         monkeypatch.setattr(remote, "_stores", {})
-        with pytest.raises(UserError, match=r"no permission: Unable to locate credentials\. Check AWS_PROFILE"):
+        with pytest.raises(UserError, match=r"no valid credentials: Unable to locate .*\. Check AWS_PROFILE"):
+            read_text(f"{url}/{FILE}")
+        monkeypatch.setenv("AWS_PROFILE", "misspelt")
+        monkeypatch.setattr(remote, "_stores", {})
+        with pytest.raises(
+            UserError, match=r"no valid credentials: The config profile \(misspelt\).*Check AWS_PROFILE"
+        ):
             read_text(f"{url}/{FILE}")
 
     def test_nothing_multiplies_the_attempts(
@@ -145,11 +152,12 @@ class TestS3:
             web.fail(f"/set/{FILE}", *words)
             assert shards.read(shard_of(), 512, 1024) == BODY[512:1536]
             assert web.gets(f"/set/{FILE}") == asked
-        web.requests.clear()
-        web.fail(f"/set/{FILE}", "500", forever=True)
-        with pytest.raises(Fault, match=r"^unreachable: .*HTTP 500"):
-            shards.read(shard_of(), 512, 1024)
-        assert web.gets(f"/set/{FILE}") == 4
+        for word in ("500", "reset"):
+            web.requests.clear()
+            web.fail(f"/set/{FILE}", word, forever=True)
+            with pytest.raises(Fault, match=r"^unreachable: "):
+                shards.read(shard_of(), 512, 1024)
+            assert web.gets(f"/set/{FILE}") == 4
 
 
 def _open_together(shards: RemoteShards, ready: Any, results: Any) -> None:
@@ -196,7 +204,10 @@ class TestFaults:
         assert web.gets(f"/set/{FILE}") == 6
 
     @pytest.mark.parametrize("word", ["stall", "silent"])
-    def test_a_stalled_connection_is_ended(self, web: WebStore, tmp_path: Path, word: str) -> None:
+    def test_a_stalled_connection_is_ended(
+        self, web: WebStore, tmp_path: Path, word: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(faults, "PAUSES", (0.01,))
         shards = shards_at(f"{web.url}/set", tmp_path, timeout=0.3)
         web.fail(f"/set/{FILE}", "", word)
         assert whole(shards.open(shard_of())) == BODY
@@ -255,6 +266,17 @@ class TestProcesses:
             done.set()
         assert parent.result(30)
         assert whole(shards.cached(shard_of())) == BODY
+
+    def test_a_child_leaves_its_parents_connections_alone(
+        self, web: WebStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A child that finalises them takes them from the event queue, and the parent's next request stalls."""
+        monkeypatch.setattr(remote, "_stores", {})
+        monkeypatch.setattr(faults, "PAUSES", ())
+        shards = shards_at(f"{web.url}/set", tmp_path, timeout=1)
+        assert shards.read(shard_of(), 0, 10) == BODY[:10]
+        assert in_child(lambda: (shards.read(shard_of(), 10, 10), gc.collect())[0]) == BODY[10:20]
+        assert shards.read(shard_of(), 20, 10) == BODY[20:30]
 
     def test_threads_fetch_different_shards_at_once(self, tmp_path: Path) -> None:
         bodies = {f"/{n}.tar": bytes([n]) * 50_000 for n in range(6)}

@@ -30,6 +30,8 @@ REQUEST_TIMEOUTS = 4
 CHUNK = 8 << 20
 """Bytes a request; a large shard is fetched with many, so that a lost connection costs little."""
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
+LOGIN = re.compile("Credential|Profile|SSO|Token|RefreshError")
+"""In the names of botocore's and google-auth's errors of the user's own settings."""
 CREDENTIALS = {
     "s3": "Check AWS_PROFILE or the AWS keys; a public bucket needs FSSPEC_S3_ANON=1",
     "gcs": "Run `gcloud auth application-default login` or name a key file in GOOGLE_APPLICATION_CREDENTIALS",
@@ -37,9 +39,8 @@ CREDENTIALS = {
 }
 
 _stores: dict[tuple[int, str, float], Any] = {}
-"""fsspec's file systems by process, protocol and timeout. A child keeps those of its parent, which it cannot use:
-without this reference they would be finalised in the child, which takes the parent's sockets from the event queue that
-the two share.
+"""fsspec's file systems by process, protocol and timeout. A child keeps those of its parent, though it cannot use them:
+finalised in the child, they would take the parent's connections from the event queue that both share.
 """
 
 
@@ -261,8 +262,10 @@ def _fault(error: Exception) -> Fault:
     kinds = [kind.__name__ for kind in type(error).__mro__]
     if status == 408 or any("Timeout" in kind for kind in kinds):
         return Fault("timeout", f"no answer in time{message}", passing=True)
-    if status in (401, 403) or isinstance(error, PermissionError) or any("Credentials" in kind for kind in kinds):
+    if status in (401, 403) or isinstance(error, PermissionError):
         return Fault("unreachable", f"no permission{message}")
+    if any(LOGIN.search(kind) for kind in kinds):
+        return Fault("unreachable", f"no valid credentials{message}")
     refused = status is not None and 400 <= status < 500 and status != 429
     return Fault("unreachable", f"{type(error).__name__}{message}", passing=not refused)
 
@@ -278,5 +281,6 @@ def _described(error: Exception) -> tuple[int | None, str]:
         message = "" if status or isinstance(error, FileNotFoundError) else str(error)
     status = int(status) if str(status).isdigit() else None
     known = f"HTTP {status} {HTTPStatus(status).phrase}" if status in set(HTTPStatus) else ""
-    parts = [part for part in (known, " ".join(str(message).split()).rstrip(".")[:200]) if part]
+    told = " ".join(str(message).split()).rstrip(".")[:200]
+    parts = [part for part in (known, "" if known.endswith(told) else told) if part]
     return status, f": {', '.join(parts)}" if parts else ""
