@@ -117,6 +117,7 @@ class WebStore(ThreadingHTTPServer):
 class _WebHandler(BaseHTTPRequestHandler):
     server: WebStore
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
         asked = self.headers.get("Range")

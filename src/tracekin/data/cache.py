@@ -118,7 +118,7 @@ class ShardCache:
 
     def _path(self, sha256: str) -> str:
         """Where a shard lies. ``sha256`` is data from a manifest: nothing but a checksum becomes a path."""
-        if not SHA256.fullmatch(sha256):
+        if not SHA256.fullmatch(str(sha256)):
             raise Fault("malformed", f"the manifest's sha256 {sha256!r} is not 64 lower-case hexadecimal digits")
         return os.path.join(self.folder, sha256)
 
@@ -130,7 +130,7 @@ class ShardCache:
         except OSError as error:
             raise UserError(f"cannot make the cache {self.folder}: {error.strerror}; {advice}.") from None
         if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & stat.S_IWOTH:
-            raise UserError(f"the cache {self.folder} is not a folder that only you may write; {advice}.")
+            raise UserError(f"the cache {self.folder} is no folder of yours, or everyone may write it; {advice}.")
 
     def _download(self, partial: int, sha256: str, size: int, fetch: Callable[[BinaryIO], None]) -> int:
         """Fill and publish the shard through ``partial``, whose lock the caller holds."""
@@ -212,10 +212,9 @@ class ShardCache:
         try:
             yield
         except OSError as error:
-            advice = (
-                "free some space, or set data.cache to another disk" if error.errno in DISK_FULL else "see data.cache"
-            )
-            raise Fault("unreachable", f"the cache {self.folder}: {error.strerror or error}; {advice}") from error
+            space = "free some space or " if error.errno in DISK_FULL else ""
+            detail = f"the cache {self.folder}: {error.strerror or error}; {space}set data.cache to another disk"
+            raise Fault("unreachable", detail) from error
 
 
 class _File(NamedTuple):

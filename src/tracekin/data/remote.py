@@ -57,8 +57,8 @@ def read_text(url: str) -> str:
     """
     if re.match(r"[^:]+://[^/]*@|https?://[^?]*\?", url):  # not repeated in the message: it is secret
         raise UserError(
-            "the address of the manifest holds a login or a query, which would reach the logs, and a query the shards "
-            "do not share; give the plain address and put the host's credentials into ~/.netrc."
+            "the manifest's address holds a login or a query: either would reach the logs, and the shards beside it do "
+            "not share a query; give the plain address, and the host's credentials in ~/.netrc."
         )
     try:
         return b"".join(_whole(url)).decode()
@@ -141,10 +141,8 @@ class RemoteShards:
                 yield answer[start:stop]
                 return
             if len(answer) != end - start:
-                short = len(answer) < end - start
-                raise Fault(
-                    "truncated" if short else "checksum", f"{len(answer)} bytes came where {end - start} were asked for"
-                )
+                detail = f"{len(answer)} bytes came where {end - start} were asked for"
+                raise Fault("truncated" if len(answer) < end - start else "checksum", detail)
             yield answer
             start = end
 
