@@ -4,7 +4,8 @@ A recipe is one module with a frozen dataclass ``Options`` and a function ``reci
 and one line in the registry (``shards/recipes/__init__.py``).
 """
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -53,12 +54,21 @@ class Dataset:
 def split_by_group(records: Sequence[Record], seed: int, shares: Mapping[str, float] = SHARES) -> list[Record]:
     """Give each record a split so that no group is in two of them, stratified by class.
 
-    Groups are shuffled within each class (a group's class is that of its first image) and dealt out so that the share
-    of images, class by class, follows ``shares``. The result depends on the seed, not on the order of the records.
+    One label an image: groups are shuffled within each class (a group's class is that of its first image) and dealt out
+    so that the share of images, class by class, follows ``shares``. Several labels an image: groups are dealt out from
+    the largest to the smallest, shuffled among those of one size, each to the split where it brings the counts of all
+    labels, of images without label and of images closest to their shares. The result depends on the seed, not on the
+    order of the records.
     """
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda r: r.source):
         groups[record.group_or_self].append(record)
+    deal = _deal_sets if any(isinstance(record.label, list) for record in records) else _deal_classes
+    split_of = deal(groups, seed, shares)
+    return [replace(record, split=split_of[record.group_or_self]) for record in records]
+
+
+def _deal_classes(groups: Mapping[str, list[Record]], seed: int, shares: Mapping[str, float]) -> dict[str, str]:
     strata: dict[str, list[str]] = defaultdict(list)
     for group in sorted(groups):
         strata[str(groups[group][0].label)].append(group)
@@ -71,4 +81,34 @@ def split_by_group(records: Sequence[Record], seed: int, shares: Mapping[str, fl
             chosen = min(shares, key=lambda split: (filled[split] / shares[split], -shares[split]))
             split_of[names[index]] = chosen
             filled[chosen] += len(groups[names[index]])
-    return [replace(record, split=split_of[record.group_or_self]) for record in records]
+    return split_of
+
+
+def _deal_sets(groups: Mapping[str, list[Record]], seed: int, shares: Mapping[str, float]) -> dict[str, str]:
+    counts = {group: _count_labels(groups[group]) for group in sorted(groups)}
+    total: Counter[int] = sum(counts.values(), Counter())
+    filled: dict[str, Counter[int]] = {split: Counter() for split in shares}
+    names = list(counts)
+    shuffled = [names[index] for index in np.random.default_rng(seed).permutation(len(names))]
+    split_of: dict[str, str] = {}
+    for group in sorted(shuffled, key=lambda name: -len(groups[name])):
+        own = counts[group]
+        chosen = min(shares, key=lambda split: _growth(own, filled[split], total, shares[split]))
+        split_of[group] = chosen
+        filled[chosen].update(counts[group])
+    return split_of
+
+
+def _growth(own: Counter[int], filled: Counter[int], total: Counter[int], share: float) -> float:
+    """How much sum((count - wanted)**2 / wanted) grows; the sum is exact, so that no CPU decides a near tie."""
+    wanted = {label: share * total[label] for label in own}
+    return math.fsum(n * (2 * (filled[label] - wanted[label]) + n) / wanted[label] for label, n in own.items())
+
+
+def _count_labels(records: list[Record]) -> Counter[int]:
+    """How many of the images have each label; -1 counts those without label, -2 all."""
+    counts = Counter({-2: len(records)})
+    for record in records:
+        assert isinstance(record.label, list)
+        counts.update(record.label or [-1])
+    return counts

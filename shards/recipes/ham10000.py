@@ -1,10 +1,9 @@
 """HAM10000 (Tschandl et al. 2018, doi:10.1038/sdata.2018.161): its official metadata table beside its images."""
 
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
-from shards.recipes.base import Dataset, Record, split_by_group
-from shards.source import Source
+from shards.recipes.base import Dataset, Record
+from shards.source import Index, Source, join
 from tracekin.config import UserError
 
 CLASSES = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]
@@ -17,30 +16,24 @@ class Options:
 
 
 def recipe(source: Source | None, options: Options, seed: int) -> Dataset:
-    """Images anywhere below the source; train, val, test 70/10/20 by lesion, stratified by diagnosis.
+    """Images anywhere below the source, diagnoses, lesions as groups; the packer splits them by lesion.
 
     Raises:
         UserError: no table or several, missing columns, a row without image, an image without row,
-            an unknown diagnosis.
+            an unknown diagnosis, a row without lesion.
     """
     if source is None:
         raise UserError("the recipe ham10000 needs a SOURCE: a folder or zip with the images and " + TABLE + ".")
-    tables = [name for name in source.names if PurePosixPath(name).name == TABLE]
-    if len(tables) != 1:
-        raise UserError(
-            f"{source.path} holds {len(tables)} files called {TABLE}; the recipe ham10000 needs exactly one."
-        )
-    records: dict[str, Record] = {}
-    for number, row in enumerate(source.table(tables[0], ["lesion_id", "image_id", "dx"]), 2):
-        where = f"{source.path}: {tables[0]} row {number}"
-        name = source.find_image(row["image_id"], where)
-        if name in records:
-            raise UserError(f"{where} names the image {row['image_id']} a second time; remove one of the rows.")
+    table = source.find_file("ham10000", TABLE)
+    records = []
+    for where, name, row in join(Index(source, source.require_images()), table, "image_id", ["lesion_id", "dx"]):
         if row["dx"] not in CLASSES:
             raise UserError(f"{where}: dx={row['dx']!r} is not a diagnosis; accepted are {', '.join(CLASSES)}.")
         if not row["lesion_id"]:
             raise UserError(f"{where}: lesion_id is empty; without it a split could leak a lesion.")
         label = CLASSES.index(row["dx"])
-        records[name] = Record(row["image_id"], source.reader(name), label, row["lesion_id"])
-    source.refuse_images_without_row(set(records), tables[0])
-    return Dataset(split_by_group(list(records.values()), seed), CLASSES, "multiclass")
+        fields = {column: cell for column, cell in row.items() if column not in ("image_id", "lesion_id", "dx")}
+        records.append(
+            Record(row["image_id"], source.reader(name), label, row["lesion_id"], None, source.stamp(name), fields)
+        )
+    return Dataset(records, CLASSES, "multiclass")

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from shards.recipes.base import Dataset, Record, split_by_group
+from shards.recipes.base import Dataset, Record
 from shards.source import Source
 from tracekin.config import UserError
 
@@ -52,8 +52,7 @@ def recipe(source: Source | None, options: Options, seed: int) -> Dataset:
     """The phantom data set; ``source`` must be None."""
     if source is not None:
         raise UserError(f"the recipe phantom draws its images; leave out SOURCE ({source.path}).")
-    records = split_by_group(list(_records(options, seed)), seed, SPLITS)
-    return Dataset(records, list(SHARES), "multiclass")
+    return Dataset(list(_records(options, seed)), list(SHARES), "multiclass", SPLITS)
 
 
 def _records(options: Options, seed: int) -> Iterator[Record]:

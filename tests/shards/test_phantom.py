@@ -7,8 +7,15 @@ import pytest
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
+from shards.recipes.base import split_by_group
 from shards.recipes.phantom import SHARES, Options, draw, recipe
 from shards.workers import ordered_map
+
+
+def drawn():
+    """The default set's records, split as the packer does."""
+    dataset = recipe(None, Options(), 0)
+    return split_by_group(dataset.records, 0, dataset.shares)
 
 
 def pixels_of(record):
@@ -18,7 +25,7 @@ def pixels_of(record):
 
 def test_raw_pixels_stay_between_chance_and_a_solution():
     """Weighted cosine kNN (k 20, T 0.07), bank train, score test, on the default set."""
-    records = recipe(None, Options(), 0).records
+    records = drawn()
     features = np.stack(list(ordered_map(pixels_of, records, 2)))
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     labels = np.array([record.label for record in records])
@@ -32,13 +39,13 @@ def test_raw_pixels_stay_between_chance_and_a_solution():
 
 
 def test_the_default_set_is_small_imbalanced_and_scorable():
-    dataset = recipe(None, Options(), 0)
-    labels = np.array([record.label for record in dataset.records])
+    records = drawn()
+    labels = np.array([record.label for record in records])
     assert 2000 <= len(labels) <= 2600
     np.testing.assert_allclose(np.bincount(labels) / len(labels), list(SHARES.values()), atol=0.02)
-    test = np.array([record.label for record in dataset.records if record.split == "test"])
+    test = np.array([record.label for record in records if record.split == "test"])
     assert np.bincount(test).min() >= 40
-    images = np.bincount([int(record.group) for record in dataset.records])
+    images = np.bincount([int(record.group) for record in records])
     assert set(images) == {1, 2, 3, 4}
 
 
