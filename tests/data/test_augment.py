@@ -2,6 +2,7 @@
 
 import io
 import math
+import zipfile
 from dataclasses import replace
 from typing import get_args, get_type_hints
 
@@ -255,3 +256,23 @@ def test_views_of_a_jpeg_shrunk_while_it_is_decoded_are_nearly_the_same(preset):
     difference = np.abs(one - other) * 255
     assert difference.mean() < 1
     assert difference.max() < 8
+
+
+def test_draft_on_real_lesions(data_folder):
+    archive = data_folder / "ham10000.zip"
+    if not archive.exists():
+        pytest.skip(f"needs {archive.name} in the folder given by --data")
+    plain = replace(PRESETS["dermoscopy"], jitter_probability=0.0)
+    least = least_side(plain, 64)
+    with zipfile.ZipFile(archive) as images:
+        names = sorted(name for name in images.namelist() if name.endswith(".jpg"))[::2500]
+        lesions = [Image.open(images.open(name)).resize((1024, 768), Image.Resampling.BICUBIC) for name in names]
+    for n, lesion in enumerate(lesions):
+        buffer = io.BytesIO()
+        lesion.save(buffer, "JPEG", quality=90)
+        whole, shrunk = (Image.open(buffer) for _ in range(2))
+        shrunk.draft("RGB", (least, least))
+        assert shrunk.size == (512, 384)
+        difference = np.abs(make(whole, plain, 64, sample=n) - make(shrunk, plain, 64, sample=n)) * 255
+        assert difference.mean() < 1
+        assert difference.max() < 8

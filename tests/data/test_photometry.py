@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.data.tiny import texture
+from tests.data.views import EVERYTHING, raw_views
 from tests.gpu.device_runs import no_waiting
-from tracekin.data.augment import PRESETS, Augmentation, crop, draw, photometry_parameters
+from tracekin.data.augment import PRESETS, Augmentation, photometry_parameters
 from tracekin.data.photometry import (
     LUMA,
     apply_photometry,
@@ -23,20 +24,6 @@ from tracekin.data.photometry import (
     mean_luma,
     pack,
 )
-
-EVERYTHING = Augmentation(0.3, 0.5, 0.4, 0.3, 15.0, 1.0, 0.8, grey=0.2, blur=(0.7, 0.3), solarise=(0.3, 0.4))
-
-
-def raw_views(augmentation, *, size, channels, count, mode="RGB", first=0):
-    """Crops and parameters of a batch of views, [B, C, S, S] and [B, P]."""
-    source = texture(1, 40, 3, np.random.default_rng(0))
-    image = source if mode == "RGB" else source.convert("L").convert(mode)
-    pixels, parameters = [], []
-    for sample in range(first, first + count):
-        u = draw(seed=1, epoch=2, sample=sample, view=sample % 2)
-        pixels.append(crop(image, augmentation, image_size=size, channels=channels, u=u))
-        parameters.append(photometry_parameters(pixels[-1], augmentation, u, sample % 2))
-    return np.stack(pixels), np.stack(parameters)
 
 
 def batched(pixels, parameters):
@@ -62,7 +49,7 @@ def test_a_batch_on_the_device_has_the_bits_of_single_views(size, channels, mode
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_view_does_not_depend_on_its_batch(threads):
-    pixels, parameters = raw_views(EVERYTHING, size=64, channels=3, count=17)
+    pixels, parameters = raw_views(size=64, count=17)
     expected = np.stack([apply_to_one(*one) for one in zip(pixels, parameters, strict=True)])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -74,7 +61,7 @@ def test_a_view_does_not_depend_on_its_batch(threads):
 
 
 def test_images_of_8_and_16_bits_in_one_batch():
-    parts = [raw_views(EVERYTHING, size=24, channels=1, count=4, mode=mode) for mode in ("L", "F")]
+    parts = [raw_views(channels=1, mode=mode) for mode in ("L", "F")]
     pixels, parameters = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     assert pixels.dtype == np.float32
     alone = [apply_to_one(*one) for part in parts for one in zip(*part, strict=True)]
@@ -82,15 +69,13 @@ def test_images_of_8_and_16_bits_in_one_batch():
 
 
 def test_the_batch_waits_for_no_value():
-    pixels, parameters = (torch.from_numpy(x) for x in raw_views(EVERYTHING, size=24, channels=3, count=4))
+    pixels, parameters = (torch.from_numpy(x) for x in raw_views())
     with no_waiting(torch.device("cpu")):
-        views = apply_photometry(pixels, parameters)
-    assert views.shape == (4, 3, 24, 24)
-    assert pixels.dtype == torch.uint8, "the crops are left as they are"
+        assert apply_photometry(pixels, parameters).shape == (4, 3, 24, 24)
 
 
 def test_the_crops_are_left_as_they_are():
-    pixels, parameters = raw_views(EVERYTHING, size=24, channels=3, count=4, mode="F")
+    pixels, parameters = raw_views(mode="F")  # float32 already, so that nothing has to be copied
     before = pixels.copy()
     batched(pixels, parameters)
     apply_to_one(pixels[0], parameters[0])

@@ -15,18 +15,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tracekin.config import AugmentConfig
-from tracekin.data.photometry import LUMA as LUMA
 from tracekin.data.photometry import (
     MAX_SIGMA,
     Parameters,
     Pixels,
+    Planes,
     apply_to_one,
     colour_matrix,
     gaussian_taps,
     mean_luma,
     pack,
 )
-from tracekin.data.photometry import Planes as Planes
 
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
