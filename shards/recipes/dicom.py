@@ -179,7 +179,7 @@ def _read_header(source: Source, name: str, keywords: list[str], options: Option
             file.seek(0)
             tags: Any = [*IDENTIFIERS, *STRUCTURE, *keywords]
             header = dcmread(file, stop_before_pixels=True, specific_tags=tags)
-            if not header.get("Rows") or not header.get("Columns") or header.get("Modality") in NO_IMAGES:
+            if header.get("Modality") in NO_IMAGES or not _claims_image(header):
                 return "DICOM files without an image"
             number = max(1, int(header.get("NumberOfFrames") or 1))
             group = header.get(options.group) or header.get("StudyInstanceUID") or None
@@ -194,6 +194,12 @@ def _read_header(source: Source, name: str, keywords: list[str], options: Option
     # Damaged headers fail in many ways. Reading the image fails likewise: the packer rejects it with the reason.
     except Exception:
         return _Image()
+
+
+def _claims_image(header: Any) -> bool:
+    """Whether the file has a size in pixels or, cut short, does not say at its start that it stores something else."""
+    kind = getattr(header.file_meta.get("MediaStorageSOPClassUID"), "name", "Image Storage")
+    return bool(header.get("Rows")) or "Image Storage" in kind
 
 
 def _text(value: object) -> str:
