@@ -31,7 +31,7 @@ from benchmarks.policy_measures import Images, jackknife, micro
 from benchmarks.policy_study import Networks, Point, draw_images, find_checkpoints, numbers, plain, read_run
 from benchmarks.policy_tables import short
 from tracekin.config import MiningConfig, UserError
-from tracekin.data.stream import Batch
+from tracekin.data.batch import Batch
 from tracekin.influence.candidates import Candidates
 from tracekin.influence.similarity import pairwise_tracin
 from tracekin.train.miner import Miner

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracekin.data.stream import Batch
+from tracekin.data.batch import Batch
 from tracekin.influence.diagnostics import agreement, score_gap
 from tracekin.influence.mining import Mined, eligible, mine
 from tracekin.influence.selection import keep_above, keep_mutual

@@ -46,8 +46,10 @@ from benchmarks.policy_measures import (
 from benchmarks.policy_tables import HEADER, print_rest, table_line
 from tracekin import checkpoint
 from tracekin.config import Config, UserError, load
+from tracekin.data.batch import Batch
 from tracekin.data.manifest import Manifest, read_manifest
-from tracekin.data.stream import Batch, num_steps_per_epoch, pretrain_batches
+from tracekin.data.order import num_steps_per_epoch, shuffle_of
+from tracekin.data.stream import pretrain_batches
 from tracekin.influence.candidates import Block, Candidates
 from tracekin.influence.gradients import Factors, gradient_factors, normalised
 from tracekin.influence.mining import Mined
@@ -64,7 +66,7 @@ SHOWN = ("run", "dataset", "trained_with", "batches", "pool", "epochs", "preferr
 
 
 def draw_images(run: Config, manifest: Manifest, num: int, pool: int, device: torch.device) -> Images:
-    first = FIRST_EPOCH * num_steps_per_epoch(manifest, "train", pool)
+    first = FIRST_EPOCH * num_steps_per_epoch(manifest.count("train"), shuffle_of(run.data, run.seed, pool))
     steps, share = range(first, first + num), slice(0, pool)
     stream = pretrain_batches(manifest, run.data, seed=SEED, global_batch=pool, share=share, steps=steps)
     return compare_images([batch.to(device) for batch in stream], run.mining.exclude_group)
@@ -196,7 +198,7 @@ def read_run(folder: Path) -> tuple[Config, Manifest]:
 
 def find_checkpoints(folder: Path, run: Config, manifest: Manifest, epochs: Sequence[int]) -> list[Point]:
     """The complete checkpoints in order; of the ``epochs`` named, or all if none is."""
-    per_epoch = num_steps_per_epoch(manifest, "train", run.train.global_batch)
+    per_epoch = num_steps_per_epoch(manifest.count("train"), shuffle_of(run.data, run.seed, run.train.global_batch))
     warmup, peak = round(run.optimiser.warmup_epochs * per_epoch), peak_lr(run.optimiser, run.train.global_batch)
     points = []
     for path in checkpoint.complete(folder):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from benchmarks.harness import seconds, summary
 from tracekin.config import Config
-from tracekin.data.stream import Batch
+from tracekin.data.batch import Batch
 from tracekin.distributed import collectives
 from tracekin.distributed.world import World
 from tracekin.model.byol import Online, Target, byol_loss

@@ -20,8 +20,8 @@ from tests.data.tiny import make_dataset
 from tests.train.tiny_run import tiny_backbone
 from tracekin import checkpoint
 from tracekin.config import Config, load, to_yaml
+from tracekin.data.batch import Batch
 from tracekin.data.manifest import Manifest
-from tracekin.data.stream import Batch
 from tracekin.influence.gradients import Factors, gradient_factors
 from tracekin.influence.mining import Mined
 from tracekin.influence.similarity import pairwise_tracin

@@ -10,14 +10,16 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.data.tiny import make_dataset
 from tracekin.config import DataConfig, UserError
+from tracekin.data.batch import Batch
 from tracekin.data.decode import group_number
 from tracekin.data.manifest import Manifest
 from tracekin.data.order import Shuffle, epoch_order
 from tracekin.data.reader import ShardReader
-from tracekin.data.stream import Batch, evaluation_batches, pretrain_batches
+from tracekin.data.stream import evaluation_batches, pretrain_batches
 from tracekin.distributed.world import World
 
 GLOBAL_BATCH = 6
@@ -185,6 +187,24 @@ def test_too_many_bad_samples_end_with_one_clean_message(damaged, workers):
     assert "python -m shards.verify" in message
     assert "\n" not in message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_views_developed_on_the_device_have_the_same_bits(tmp_path, workers, channels):
+    numbers = count()
+
+    def deep_now_and_then(image):  # crops of 8 and of 16 bits in one batch
+        deep = np.asarray(image.convert("L")).astype(np.uint16) * 257
+        buffer = io.BytesIO()
+        (image if next(numbers) % 3 else Image.fromarray(deep)).save(buffer, "PNG")
+        return "png", buffer.getvalue()
+
+    manifest = make_dataset(tmp_path, train=12, size=40, encode=deep_now_and_then)
+    here = list(stream(manifest, range(2), workers, channels=channels))
+    there = list(stream(manifest, range(2), workers, channels=channels, augment_on="device"))
+    assert all(batch.photometry is not None for batch in there)
+    assert all(equal(a, b.to("cpu").developed()) for a, b in zip(here, there, strict=True))
 
 
 def test_evaluation_replaces_nothing(damaged):

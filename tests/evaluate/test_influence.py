@@ -256,7 +256,7 @@ def test_a_damaged_shard_is_named(tmp_path: Path, garbage: bytes) -> None:
     run = make_run(tmp_path / "run", manifest, {3: 0.1})
     shard = Path(manifest.folder) / "val-000000.tar"
     shard.write_bytes(garbage + shard.read_bytes()[len(garbage) :])
-    with pytest.raises(UserError, match=r"val-000000.tar: the sample at byte 0 has no readable name: .*shards.verify"):
+    with pytest.raises(UserError, match=r"val-000000.tar: sample .no key. at byte 0 cannot be read .*no readable name.*shards.verify"):
         prepare(run, "val", replace(QUICK, images="00ff"))
 
 

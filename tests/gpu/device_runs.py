@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.train.tiny_run import BATCH, global_batch, miner, networks, rows_of
 from tracekin.config import ModelConfig, OptimiserConfig, Policy, TrainConfig
-from tracekin.data.stream import Batch
+from tracekin.data.batch import Batch
 from tracekin.distributed import collectives
 from tracekin.distributed.world import World
 from tracekin.model.byol import Online, Target

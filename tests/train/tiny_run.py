@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tracekin.config import MiningConfig, ModelConfig
-from tracekin.data.stream import Batch
+from tracekin.data.batch import Batch
 from tracekin.distributed.world import World
 from tracekin.model import byol
 from tracekin.model.batch_norm import convert_batch_norms

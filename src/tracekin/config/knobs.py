@@ -36,7 +36,7 @@ class AugmentConfig:
     crop_min: float | None = None
     """Smallest share of the image's area that a random crop keeps, in (0, 1]."""
     jitter: float | None = None
-    """Strength of colour jitter: 1 is BYOL's (brightness .4, contrast .4, saturation .2, hue .1), 0 is none."""
+    """Strength of colour jitter: multiplies the preset's ranges (BYOL: 1, of .4, .4, .2, .1), 0 is none."""
     grey: float | None = None
     """Probability of turning a view grey."""
     blur: tuple[float, float] | None = None
@@ -85,7 +85,7 @@ class DataConfig:
     """Batches a loader process looks ahead to fetch remote shards before they are needed."""
     augment_on: Literal["workers", "device"] = "workers"
     """Where colour, blur and solarisation of the views are computed: one by one in the loader processes, or batched on
-    the training device. Crops are always made by the loaders, and both draw the same numbers."""
+    the training device (for GPUs; slow on a CPU). Crops are always made by the loaders; both give the same bits."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:

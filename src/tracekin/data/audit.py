@@ -15,8 +15,9 @@ import webdataset as wds
 
 from tracekin.config import DataConfig, UserError
 from tracekin.config import load as load_config
+from tracekin.data.chance import random_words
 from tracekin.data.manifest import Manifest, read_manifest
-from tracekin.data.order import Shuffle, left_over, num_steps_per_epoch, plan, random_words, shuffle_of
+from tracekin.data.order import Shuffle, left_over, num_steps_per_epoch, plan, shuffle_of
 from tracekin.data.reader import ShardReader
 from tracekin.data.stream import Item, load, reading
 

@@ -11,10 +11,10 @@ import math
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from tracekin.config import AugmentConfig
+from tracekin.data.chance import random_words
 from tracekin.data.photometry import (
     MAX_SIGMA,
     Parameters,
@@ -105,12 +105,6 @@ def resolve(config: AugmentConfig) -> Augmentation:
     """The preset with the config's own values in place of its own, where they are not None."""
     own = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "preset"}
     return replace(PRESETS[config.preset], **{key: value for key, value in own.items() if value is not None})
-
-
-def random_words(seed: int, epoch: int, place: tuple[int, int, int], count: int) -> NDArray[np.uint64]:
-    """``count`` words of 64 random bits at one place of the counter space of Philox4x64 keyed by (seed, epoch)."""
-    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=np.array([0, *place], dtype=np.uint64)).random_raw(count)
 
 
 def draw(*, seed: int, epoch: int, sample: int, view: int) -> list[float]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracekin.config import DataConfig, UserError
+from tracekin.data.chance import random_words
 
 Numbers = NDArray[np.int64]
 
@@ -59,12 +60,6 @@ class Rows(NamedTuple):
         the same window of shards.
         """
         return int(self.order[(self.places[row] + attempt * self.stride) % len(self.order)])
-
-
-def random_words(seed: int, epoch: int, place: tuple[int, int, int], count: int) -> NDArray[np.uint64]:
-    """``count`` words of 64 random bits at one place of the counter space of Philox4x64 keyed by (seed, epoch)."""
-    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=np.array([0, *place], dtype=np.uint64)).random_raw(count)
 
 
 def epoch_order(sizes: Sequence[int], shuffle: Shuffle, epoch: int) -> Numbers:

@@ -105,16 +105,11 @@ class ShardReader:
         if fault is not None and time.monotonic() < until:
             raise fault
         try:
-            content = patiently(lambda: self._bytes(shard, offset, length))
-            if zlib.crc32(content) != checksum:
-                content = self._once_more(shard, offset, length)
-            if zlib.crc32(content) != checksum:
-                raise Fault("checksum", "its bytes are not those that were packed")
-            return content
+            content = patiently(lambda: self._checked(shard, offset, length, checksum))
         except Fault as fault:
-            if fault.reason in ("missing", "timeout", "unreachable"):  # the shard's fault, not this sample's
-                self._down[shard] = (fault, time.monotonic() + RESPITE)
+            self._give_respite(shard, fault)
             raise
+        return content
 
     def contents(self, numbers: Iterable[int]) -> Iterator[bytes | Fault]:
         """``content`` of each number in turn, or its fault; of a remote split several requests are under way."""
@@ -136,9 +131,17 @@ class ShardReader:
         if self._remote is None:
             return
         for shard in np.unique(np.searchsorted(self._ends, np.fromiter(numbers, np.int64), side="right")).tolist():
-            if shard not in self._wanted and shard not in self._open:
+            down = shard in self._down and time.monotonic() < self._down[shard][1]
+            if shard not in self._wanted and shard not in self._open and not down:
                 self._wanted.add(shard)
                 self._pool("shards").submit(self._fetch, shard)
+
+    def close(self) -> None:
+        """Give up fetches that have not begun: a process would work through them before it ends."""
+        for pool in self._threads.values():
+            pool.shutdown(wait=False, cancel_futures=True)
+        self._threads.clear()
+        self._wanted.clear()
 
     def key(self, number: int) -> str:
         """The key of sample ``number``, from its first tar header alone.
@@ -204,22 +207,42 @@ class ShardReader:
                     raise Fault("unreachable", error.strerror or repr(error), passing=True) from None
             while len(self._open) >= MAX_OPEN["remote" if self.remote else "local"]:
                 os.close(self._open.pop(next(iter(self._open))))
+            if self._remote is not None:  # what the cache has dropped keeps its space until nobody holds it
+                for other in [s for s, held in self._open.items() if not os.fstat(held).st_nlink]:
+                    os.close(self._open.pop(other))
             self._open[shard] = descriptor
             return descriptor
 
-    def _once_more(self, shard: int, offset: int, length: int) -> bytes:
-        """Read again what had a wrong checksum: past a copy in the cache that was damaged after it was verified."""
-        if self._remote is not None:
+    def _checked(self, shard: int, offset: int, length: int, checksum: int) -> bytes:
+        fault = Fault("checksum", "its bytes are not those that were packed")
+        try:
+            content = self._bytes(shard, offset, length)
+            if zlib.crc32(content) == checksum:
+                return content
+        except Fault as found:
+            if found.reason != "truncated":
+                raise
+            fault = found
+        if self._remote is not None and (held := self._open.get(shard)) is not None:
+            # A copy that was damaged after it was verified (a power cut leaves zeros): drop it, and ask the store.
+            self._remote.discard(self.shards[shard], held)
             self._close(shard)
-            self._remote.discard(self.shards[shard])
-        return self._bytes(shard, offset, length)
+            content = self._remote.read(self.shards[shard], offset, length)
+            if zlib.crc32(content) == checksum:
+                return content
+        raise fault
+
+    def _give_respite(self, shard: int, fault: Fault) -> None:
+        """Leave a shard alone for a while if the fault is its own, not this sample's."""
+        if fault.reason in ("missing", "timeout", "unreachable"):
+            self._down[shard] = (fault, time.monotonic() + RESPITE)
 
     def _fetch(self, shard: int) -> None:
         assert self._remote is not None
         try:
             os.close(self._remote.open(self.shards[shard]))
         except Fault as fault:  # whoever needs its samples reports it
-            self._down[shard] = (fault, time.monotonic() + RESPITE)
+            self._give_respite(shard, fault)
         finally:
             self._wanted.discard(shard)
 

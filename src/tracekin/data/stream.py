@@ -9,52 +9,27 @@ import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import product
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import webdataset as wds
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tracekin.config import DataConfig, UserError
-from tracekin.data.augment import LUMA, Augmentation, Planes, plain_view, resolve, view
-from tracekin.data.decode import Sample, group_number, label_list
+from tracekin.data.augment import Augmentation, crop, draw, least_side, photometry_parameters, plain_view, resolve
+from tracekin.data.batch import Batch, Format, Viewed, collate
+from tracekin.data.decode import Sample
 from tracekin.data.faults import Fault
 from tracekin.data.manifest import SPLITS, Manifest
 from tracekin.data.order import Rows, in_order, num_steps_per_epoch, plan, shuffle_of
+from tracekin.data.photometry import apply_to_one
 from tracekin.data.reader import ShardReader, Skipped
 
 ATTEMPTS = 16
 """Substitutes that are tried for one sample."""
-
-
-@dataclass
-class Batch:
-    """V views of B images; V is 2 or more for pretraining, 1 for evaluation, 2 a draw for influence."""
-
-    views: Tensor
-    """[V, B, C, S, S] float32, normalised by the manifest's mean and std."""
-    index: Tensor
-    """[B] int64, the sample's number in its split."""
-    group: Tensor
-    """[B] int64, the leading digits of the group's pseudonym."""
-    label: Tensor
-    """[B, num_classes] float32, one for each of the image's classes; no columns where the manifest has no classes."""
-    skipped: list[Skipped] = field(default_factory=list)
-    """Samples that belonged into this batch and could not be had; others stand in their places."""
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "Batch":
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, f: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(f(self.views), f(self.index), f(self.group), f(self.label), self.skipped)
 
 
 class Item(NamedTuple):
@@ -63,14 +38,6 @@ class Item(NamedTuple):
     sample: Sample
     skipped: Skipped | None
     """What the sample stands for, if it is a substitute."""
-
-
-class Viewed(NamedTuple):
-    number: int
-    label: int | list[int] | None
-    group: str
-    views: list[Planes]
-    skipped: Skipped | None
 
 
 def too_many(skipped: Sequence[Skipped], bad: int, count: int) -> UserError:
@@ -117,10 +84,11 @@ def pretrain_batches(
     num_steps_per_epoch(len(reader), shuffle)
     rows = partial(plan, reader.sizes, shuffle, share=share, steps=steps)
     most_bad = config.max_bad_fraction * len(reader)
-    stages = reading(rows, reader, config, most_bad)
-    stages += [partial(_random_views, resolve(config.augment), config.image_size, config.channels, seed, views, (0,))]
-    stages += [partial(_collate, share.stop - share.start, _Format(manifest, config.channels))]
-    return load(stages, config.workers)
+    stages = reading(rows, reader, config, most_bad, _least_side(config))
+    stages += [partial(_random_views, config, resolve(config.augment), seed, views, (0,))]
+    return load(
+        [*stages, partial(collate, share.stop - share.start, Format(manifest, config.channels))], config.workers
+    )
 
 
 def evaluation_batches(
@@ -143,7 +111,7 @@ def evaluation_batches(
     reader = ShardReader(manifest, split, config)
     stages = reading(partial(in_order, range(len(reader)), batch, 0), reader, config, None)
     stages += [partial(_plain_views, config.image_size, config.channels)]
-    return load([*stages, partial(_collate, batch, _Format(manifest, config.channels))], workers)
+    return load([*stages, partial(collate, batch, Format(manifest, config.channels))], workers)
 
 
 def augmented_batches(
@@ -178,10 +146,12 @@ def augmented_batches(
     """
     reader = ShardReader(manifest, split, config)
     numbers = range(len(reader)) if numbers is None else numbers
-    stages = reading(partial(in_order, numbers, batch, SPLITS.index(split)), reader, config, None)
+    rows = partial(in_order, numbers, batch, SPLITS.index(split))
+    stages = reading(rows, reader, config, None, _least_side(config))
     epochs = range(0, draws * len(SPLITS), len(SPLITS))
-    stages += [partial(_random_views, resolve(config.augment), config.image_size, config.channels, seed, 2, epochs)]
-    return load([*stages, partial(_collate, batch, _Format(manifest, config.channels))], workers)
+    config = replace(config, augment_on="workers")
+    stages += [partial(_random_views, config, resolve(config.augment), seed, 2, epochs)]
+    return load([*stages, partial(collate, batch, Format(manifest, config.channels))], workers)
 
 
 # The stages: each takes the iterator before it. split_by_worker deals whole batches out to the loader workers, from
@@ -189,22 +159,33 @@ def augmented_batches(
 
 
 def reading(
-    rows: Callable[[], Iterator[Rows]], reader: ShardReader, config: DataConfig, most_bad: float | None
+    rows: Callable[[], Iterator[Rows]],
+    reader: ShardReader,
+    config: DataConfig,
+    most_bad: float | None,
+    least_side: int | None = None,
 ) -> list[Callable[..., Any]]:
-    """The stages every stream begins with: rows to decoded Items; ``most_bad`` as in ``_read``."""
-    read = partial(_read, reader, None, most_bad)
+    """The stages every stream begins with: rows to decoded Items.
+
+    ``most_bad`` is the number of samples that an epoch may replace, None replaces none; ``least_side`` as in
+    ``decode_sample``.
+    """
+    read = partial(_read, reader, least_side, most_bad)
     return [rows, wds.split_by_worker, partial(_read_ahead, reader, config.read_ahead), read]
 
 
 def _read_ahead(reader: ShardReader, depth: int, source: Iterator[Rows]) -> Iterator[Rows]:
     """Have the shards of the next ``depth`` batches fetched while this one is worked on; local ones need it not."""
     ahead: deque[Rows] = deque()
-    for rows in source:
-        reader.prefetch(rows.numbers)
-        ahead.append(rows)
-        if len(ahead) > depth or not reader.remote:
-            yield ahead.popleft()
-    yield from ahead
+    try:
+        for rows in source:
+            reader.prefetch(rows.numbers)
+            ahead.append(rows)
+            if len(ahead) > depth or not reader.remote:
+                yield ahead.popleft()
+        yield from ahead
+    finally:
+        reader.close()
 
 
 def _read(
@@ -252,52 +233,38 @@ def _decoded(reader: ShardReader, content: bytes | Fault, least_side: int | None
     return reader.decode(content, least_side)
 
 
+def _least_side(config: DataConfig) -> int:
+    return least_side(resolve(config.augment), config.image_size)
+
+
 def _random_views(
+    config: DataConfig,
     augmentation: Augmentation,
-    image_size: int,
-    channels: int,
     seed: int,
     num_views: int,
     epochs: Sequence[int],
     source: Iterator[Item],
 ) -> Iterator[Viewed]:
-    """``num_views`` for each of ``epochs``, which count from the item's own."""
+    """``num_views`` for each of ``epochs``, which count from the item's own: finished here, or crops for the device."""
+    size, channels = config.image_size, config.channels
     for epoch, number, sample, skipped in source:
-        one = partial(view, sample.image, augmentation, image_size=image_size, channels=channels)
-        views = [one(seed=seed, epoch=epoch + e, sample=number, view=v) for e in epochs for v in range(num_views)]
-        yield Viewed(number, sample.label, sample.group, views, skipped)
+        views, photometry = [], []
+        for e, v in product(epochs, range(num_views)):
+            u = draw(seed=seed, epoch=epoch + e, sample=number, view=v)
+            pixels = crop(sample.image, augmentation, image_size=size, channels=channels, u=u)
+            parameters = photometry_parameters(pixels, augmentation, u, v)
+            if config.augment_on == "device":
+                views.append(pixels)
+                photometry.append(parameters)
+            else:
+                views.append(apply_to_one(pixels, parameters))
+        yield Viewed(number, sample.label, sample.group, views, photometry, skipped)
 
 
 def _plain_views(image_size: int, channels: int, source: Iterator[Item]) -> Iterator[Viewed]:
     for _, number, sample, skipped in source:
         planes = plain_view(sample.image, image_size=image_size, channels=channels)
-        yield Viewed(number, sample.label, sample.group, [planes], skipped)
-
-
-class _Format:
-    """What a batch's tensors need to know of the manifest."""
-
-    def __init__(self, manifest: Manifest, channels: int) -> None:
-        self.num_classes = len(manifest.classes)
-        mean, std = (np.array(values, dtype=np.float32) for values in (manifest.mean, manifest.std))
-        if channels == 1 and len(mean) == 3:
-            mean, std = LUMA @ mean, LUMA @ std  # of the luma; for std a bound, near where channels move together
-        self.mean, self.std = (np.broadcast_to(x, channels).reshape(-1, 1, 1).astype(np.float32) for x in (mean, std))
-
-
-def _collate(batch: int, form: _Format, source: Iterator[Viewed]) -> Iterator[Batch]:
-    while rows := list(islice(source, batch)):
-        views = np.stack([np.stack(planes) for planes in zip(*(row.views for row in rows), strict=True)])
-        label = np.zeros((len(rows), form.num_classes), dtype=np.float32)
-        for position, row in enumerate(rows):
-            label[position, label_list(row.label)] = 1
-        yield Batch(
-            views=torch.from_numpy((views - form.mean) / form.std),
-            index=torch.tensor([row.number for row in rows]),
-            group=torch.tensor([group_number(row.group) for row in rows]),
-            label=torch.from_numpy(label),
-            skipped=[row.skipped for row in rows if row.skipped is not None],
-        )
+        yield Viewed(number, sample.label, sample.group, [planes], [], skipped)
 
 
 def _carry_errors(source: Iterator[Any]) -> Iterator[Any]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tracekin.data.stream import Batch
+from tracekin.data.batch import Batch
 
 Encoder = Callable[[Tensor], Tensor]
 PIXELS_SIDE = 8

@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 from tracekin import checkpoint
 from tracekin.config import Config, InfluenceConfig, UserError, load
+from tracekin.data.batch import Batch
 from tracekin.data.manifest import Manifest, read_manifest
 from tracekin.data.reader import ShardReader
-from tracekin.data.stream import Batch, augmented_batches
+from tracekin.data.stream import augmented_batches
 from tracekin.influence.candidates import Candidates, Pool
 from tracekin.influence.gradients import Factors, gradient_factors, normalised
 from tracekin.influence.mining import Best, Mined, chunks

@@ -10,7 +10,7 @@ from tracekin.distributed.world import World
 
 # Keys that a run may change when it continues: they do not alter what is computed.
 FREE_KEYS = {"name", "folder", "mining.chunk", "mining.ring_above"}
-FREE_KEYS |= {f"data.{key}" for key in ("workers", "max_bad_fraction", "cache", "cache_gb", "read_ahead")}
+FREE_KEYS |= {f"data.{key}" for key in ("workers", "max_bad_fraction", "cache", "cache_gb", "read_ahead", "augment_on")}
 FREE_KEYS |= {f"train.{key}" for key in ("log_every", "keep_checkpoints", "threads", "zero_stage")}
 FREE_SECTIONS = ("monitor.",)
 
@@ -32,12 +32,12 @@ def check_run(config: Config, manifest: Manifest, world: World) -> None:
         raise UserError(
             f"train.global_batch={batch} cannot be divided among {world.size} ranks; use a multiple of {world.size}."
         )
-    _check_data(config, manifest)
+    _check_data(config, manifest, world)
     _check_mining(config, manifest, world)
     _check_continues(config, config.run_folder / "config.yaml")
 
 
-def _check_data(config: Config, manifest: Manifest) -> None:
+def _check_data(config: Config, manifest: Manifest, world: World) -> None:
     data, count = config.data, manifest.count("train")
     shuffle = shuffle_of(data, config.seed, config.train.global_batch)
     num_steps_per_epoch(count, shuffle)
@@ -47,12 +47,13 @@ def _check_data(config: Config, manifest: Manifest) -> None:
     if not is_remote(manifest.folder):
         return
     shards = manifest.shards("train")
-    window = min(len(shards), data.streams * (data.shuffle_shards or len(shards)))
+    streams = -(-data.streams // max(1, world.size // world.local_size))  # that one node reads
+    window = min(len(shards), streams * (data.shuffle_shards or len(shards)))
     need = sum(sorted((shard.bytes for shard in shards), reverse=True)[: 2 * window])
     if need > data.cache_gb * 1e9:
         raise UserError(
             f"data.cache_gb={data.cache_gb:g} does not hold two windows of data.shuffle_shards={data.shuffle_shards}"
-            f" shards (of {data.streams} streams), {need / 1e9:.1f} GB of {manifest.path}: every shard would be fetched"
+            f" shards ({streams} streams a node), {need / 1e9:.1f} GB of {manifest.path}: every shard would be fetched"
             " again and again. Raise data.cache_gb, or set data.shuffle_shards to a smaller number above 0."
         )
 

@@ -143,7 +143,7 @@ class _Run:
     def _one_step(self, batches: Any, step: int) -> tuple[Losses, dict[str, float]]:
         config, mining = self.config, self.config.mining
         with self.clock.phase("data", host=True):
-            batch = next(batches).to(self.device, non_blocking=True)
+            batch = next(batches).to(self.device, non_blocking=True).developed()
         self.skips.fresh += batch.skipped
         self.meter.add(skipped=float(len(batch.skipped)))
         warmup_steps = round(config.optimiser.warmup_epochs * self.steps_per_epoch)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tracekin.data.stream import Batch
+from tracekin.data.batch import Batch
 from tracekin.influence.candidates import Candidates
 from tracekin.influence.mining import Mined
 from tracekin.influence.selection import positive_weights
