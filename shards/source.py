@@ -14,7 +14,7 @@ from typing import BinaryIO, cast
 from tracekin.config import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-HIDDEN = ("__MACOSX", ".")
+HIDDEN = ("/__MACOSX", "/.")  # how a part of a path starts that file managers leave behind
 
 
 class Source:
@@ -31,7 +31,7 @@ class Source:
         self.zipped = path.is_file()
         self._members = _zip_members(path) if self.zipped else {}
         self.names = sorted(_visible(path, self._members if self.zipped else _folder_names(path)))
-        self.images = [name for name in self.names if PurePosixPath(name).suffix.lower() in EXTENSIONS]
+        self.images = [name for name in self.names if name.lower().endswith(EXTENSIONS)]
         self.tables = [name for name in self.names if name.lower().endswith(".csv")]
 
     def reader(self, name: str) -> Callable[[], bytes]:
@@ -129,8 +129,8 @@ class Index:
         self.source, self.names = source, list(names)
         self._by_key: dict[str, list[str]] = defaultdict(list)
         for name in self.names:
-            file = PurePosixPath(name)
-            for key in {name, file.name, file.stem}:
+            file = name.rpartition("/")[2]
+            for key in {name, file, file.rpartition(".")[0] or file}:
                 self.add(key, name)
 
     def add(self, key: str, name: str) -> None:
@@ -198,7 +198,7 @@ def _visible(path: Path, names: Iterable[str]) -> Iterator[str]:
             name.encode()
         except UnicodeEncodeError:
             raise UserError(f"{path} holds the file {name!r}, whose name is no UTF-8; rename it.") from None
-        if not any(part.startswith(HIDDEN) for part in PurePosixPath(name).parts):
+        if not any(start in f"/{name}" for start in HIDDEN):
             yield name
 
 
@@ -239,12 +239,13 @@ def _zip_members(path: Path) -> dict[str, str]:
 
 
 @lru_cache(maxsize=4)
-def _kept_open(path: str, changed: int) -> zipfile.ZipFile:
+def _kept_open(path: str, changed: int, process: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)  # each worker process reads many members
 
 
 def _open_zip(path: str) -> zipfile.ZipFile:
-    return _kept_open(path, os.stat(path).st_mtime_ns)  # an archive made anew under the same name is opened anew
+    # Opened anew when the file was made anew, and by a forked process, which would share its parent's position in it.
+    return _kept_open(path, os.stat(path).st_mtime_ns, os.getpid())
 
 
 def _read_member(path: str, name: str) -> bytes:

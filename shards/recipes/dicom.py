@@ -222,8 +222,13 @@ def _labels(source: Source, options: Options, images: dict[str, _Image]) -> dict
     for name, image in images.items():
         if image.instance:
             index.add(image.instance, name)
-    by_image = "image" in source.table(options.csv, ["label"])[0]
-    return read_labels(index, options.csv, "image" if by_image else "SOPInstanceUID")
+    columns = source.table(options.csv, ["label"])[0]
+    keys = [key for key in ("image", "SOPInstanceUID") if key in columns]
+    if not keys:
+        raise UserError(
+            f"{source.path}: {options.csv} lacks the column image or SOPInstanceUID; it has {', '.join(columns)}."
+        )
+    return read_labels(index, options.csv, keys[0])
 
 
 def _pair(text: str) -> tuple[float, float] | None:

@@ -94,7 +94,7 @@ class _Array:
 
     def __init__(self, archive: Source, member: str) -> None:
         descriptor, self.path = tempfile.mkstemp(prefix="tracekin-medmnist-", suffix=".npy")
-        weakref.finalize(self, Path(self.path).unlink, missing_ok=True)
+        weakref.finalize(self, _remove, Path(self.path), os.getpid())
         where = f"{archive.path}: {member}"
         try:
             with os.fdopen(descriptor, "wb") as file, archive.opener(member)() as packed:
@@ -112,6 +112,11 @@ class _Array:
         buffer = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(_map(self.path)[index])).save(buffer, "PNG", compress_level=PNG_LEVEL)
         return buffer.getvalue()
+
+
+def _remove(path: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not where a forked worker ends
+        path.unlink(missing_ok=True)
 
 
 @lru_cache(maxsize=len(SPLITS))

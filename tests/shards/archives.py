@@ -36,7 +36,7 @@ def isic_source(number=12, unknown=False):
         files[f"ISIC_2019_Training_Input/{name}.jpg"] = image_bytes(i)
     return files | {
         ISIC_TRUTH: "\n".join(truth) + "\n",
-        f"tables/{ISIC_METADATA}": "\n".join(metadata[:1] + metadata[:0:-1]),
+        f"tables/{ISIC_METADATA}": "\n".join([metadata[0], *metadata[:0:-1]]) + "\n",
     }
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import os
 import pickle
 import tempfile
 
@@ -80,6 +81,13 @@ def test_the_temporary_files_go_with_the_records_not_with_their_copies(tmp_path,
     assert copy.read() == dataset.records[3].read()
     del copy
     gc.collect()
+    child = os.fork()
+    if child == 0:
+        del dataset
+        gc.collect()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert len(list((tmp_path / "tmp").iterdir())) == 3
     kept = dataset.records[0]
     del dataset
     gc.collect()

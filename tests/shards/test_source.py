@@ -1,8 +1,11 @@
 """A folder and a zip are listed, read and stamped in place."""
 
+import hashlib
+import multiprocessing
 import os
 import pickle
 
+import numpy as np
 import pytest
 
 from shards.source import Source
@@ -26,6 +29,20 @@ def test_a_folder_and_its_zip_hold_the_same_files(tmp_path):
                 file.seek(3)
                 assert read()[3:] == file.read()
         assert first.reader(name)() == second.reader(name)()
+
+
+def read_all(readers):
+    return hashlib.sha256(b"".join(read() for read in readers)).hexdigest()
+
+
+def test_forked_processes_do_not_disturb_each_other(tmp_path):
+    """An open zip that parent and children shared would have one position in the file for all of them."""
+    files = {f"{i}.png": np.random.default_rng(i).bytes(50_000) for i in range(40)}
+    source = Source(write_zip(tmp_path / "s.zip", files))
+    readers = [source.reader(name) for name in source.names]
+    expected = read_all(readers)
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        assert pool.map(read_all, [readers] * 40, chunksize=1) == [expected] * 40
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
