@@ -95,7 +95,7 @@ class Source:
     def table(self, name: str, columns: Sequence[str]) -> list[dict[str, str]]:
         """The rows of a CSV file, cells stripped of blanks; row 0 stands in line 2 of the file.
 
-        Commas at a line's end, which say nothing, are overlooked.
+        Columns without a name and commas at a line's end are overlooked.
 
         Raises:
             UserError: not UTF-8, not a CSV, columns missing or twice, a row of another width, no rows.
@@ -111,7 +111,7 @@ class Source:
         missing = [column for column in columns if column not in header]
         if missing:
             raise UserError(f"{where} lacks the column {', '.join(missing)}; it has {', '.join(header) or 'none'}.")
-        column, times = Counter(header).most_common(1)[0]
+        column, times = Counter(filter(None, header)).most_common(1)[0]
         if times > 1:
             raise UserError(f"{where} has {times} columns called {column!r}; rename or remove the others.")
         if len(lines) < 2:
@@ -119,7 +119,7 @@ class Source:
         for number, line in enumerate(lines[1:], 2):
             if len(line) < len(header) or any(cell.strip() for cell in line[len(header) :]):
                 raise UserError(f"{where} row {number} has {len(line)} cells; the header has {len(header)}.")
-        return [dict(zip(header, map(str.strip, line), strict=False)) for line in lines[1:]]
+        return [{c: cell.strip() for c, cell in zip(header, line, strict=False) if c} for line in lines[1:]]
 
 
 class Index:
@@ -203,17 +203,21 @@ def _visible(path: Path, names: Iterable[str]) -> Iterator[str]:
 
 
 def _folder_names(path: Path) -> Iterator[str]:
-    """Files below a folder; folders behind links are left out, since they could lead back here."""
+    """Files below a folder, links followed unless they lead back to a folder above."""
     if not path.is_dir():
         raise UserError(f"no such source: {path}; accepted is a folder or a zip file.")
-    waiting = [""]
+    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while waiting:
-        prefix = waiting.pop()
+        prefix, above = waiting.pop()
         try:
+            status = os.stat(path / prefix)
+            here = (status.st_dev, status.st_ino)
+            if here in above:
+                continue
             with os.scandir(path / prefix) as entries:
                 for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append(f"{prefix}{entry.name}/")
+                    if entry.is_dir():
+                        waiting.append((f"{prefix}{entry.name}/", above | {here}))
                     elif entry.is_file():
                         yield prefix + entry.name
         except OSError as error:

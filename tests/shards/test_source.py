@@ -16,8 +16,10 @@ from tracekin.config import UserError
 def test_a_folder_and_its_zip_hold_the_same_files(tmp_path):
     files = csv_source(5) | {"a/b/deep.png": image_bytes(8, "PNG"), ".hidden/x.png": b"x", "__MACOSX/y.png": b"y"}
     folder, archive = write_files(tmp_path / "s", files), write_zip(tmp_path / "s.zip", files)
-    (folder / "loop").symlink_to(folder)
+    (folder / "a" / "loop").symlink_to(folder)
     (folder / "gone.png").symlink_to(folder / "nowhere")
+    (folder / "images").rename(tmp_path / "elsewhere")
+    (folder / "images").symlink_to(tmp_path / "elsewhere")
     first, second = Source(folder), Source(archive)
     assert first.names == second.names
     assert len(first.names) == 7
@@ -84,6 +86,6 @@ def test_names_that_are_no_text_are_refused(tmp_path):
         Source(tmp_path / "s")
 
 
-def test_commas_at_the_end_of_lines_are_overlooked(tmp_path):
-    source = Source(write_files(tmp_path / "s", {"t.csv": "a,b,,\n1,2,,\n3,4\n5,6,\n"}))
+def test_columns_without_a_name_and_commas_at_the_end_of_lines_are_overlooked(tmp_path):
+    source = Source(write_files(tmp_path / "s", {"t.csv": ",a,b,,\n0,1,2,,\n1,3,4\n2,5,6,\n"}))
     assert source.table("t.csv", ["a"]) == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}, {"a": "5", "b": "6"}]
