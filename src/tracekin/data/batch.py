@@ -117,7 +117,9 @@ def _stack(rows: Sequence[Sequence[NDArray[Any]]]) -> Tensor:
 
     torch's own collation writes into shared memory in a loader process, so that the batch is not copied on its way.
     """
-    flat = [torch.from_numpy(row[v]) for v in range(len(rows[0])) for row in rows]
+    arrays = [row[v] for v in range(len(rows[0])) for row in rows]
+    # Pillow's own memory is read-only, which torch warns of.
+    flat = [torch.from_numpy(array if array.flags.writeable else array.copy()) for array in arrays]
     if len({tensor.dtype for tensor in flat}) > 1:
         flat = [tensor.float() for tensor in flat]
     stacked: Tensor = default_collate(flat)

@@ -1,0 +1,116 @@
+"""The stream over a real S3 protocol server and a failing web server: the batches of the local set, or a count."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.data.servers import WebStore, s3_store
+from tests.data.tiny import make_dataset
+from tracekin.config import Config, DataConfig, TrainConfig, UserError
+from tracekin.data import faults
+from tracekin.data.batch import Batch
+from tracekin.data.manifest import Manifest, read_manifest
+from tracekin.data.reader import ShardReader
+from tracekin.data.stream import evaluation_batches, pretrain_batches
+from tracekin.distributed.world import World
+from tracekin.train.checks import check_run
+
+
+@pytest.fixture
+def local(tmp_path) -> Manifest:
+    return make_dataset(tmp_path / "set", train=40, val=6, test=0, size=20, shard_size=8)
+
+
+def contents(manifest: Manifest) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(manifest.folder).iterdir()}
+
+
+def served(manifest: Manifest) -> WebStore:
+    return WebStore({f"/set/{name}": content for name, content in contents(manifest).items()})
+
+
+def read(manifest: Manifest, cache: Path, steps: range = range(8), **options) -> list[Batch]:
+    config = DataConfig(image_size=16, cache=str(cache), **{"shuffle_shards": 2, "workers": 0, **options})
+    return list(pretrain_batches(manifest, config, seed=3, global_batch=10, share=slice(0, 10), steps=steps))
+
+
+def same(one: list[Batch], other: list[Batch]) -> bool:
+    return all(
+        torch.equal(a.views, b.views) and torch.equal(a.index, b.index) and a.skipped == b.skipped
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_set_on_s3_gives_the_batches_of_the_local_one(local, tmp_path, monkeypatch, workers):
+    store = s3_store(monkeypatch)
+    url = store.put(f"set-{workers}", contents(local))
+    remote = read_manifest(f"{url}/manifest.json")
+    assert remote.fingerprint() == local.fingerprint()
+    expected = read(local, tmp_path / "unused")
+    assert same(read(remote, tmp_path / "cache", workers=workers), expected)
+    # A second run on this node finds the shards in the cache.
+    before = len(store.requests)
+    assert same(read(remote, tmp_path / "cache", range(3, 8), workers=workers), expected[3:])
+    assert len(store.requests) == before
+
+
+def test_evaluation_reads_a_remote_split_in_order(local, tmp_path, monkeypatch):
+    remote = read_manifest(s3_store(monkeypatch).put("evaluated", contents(local)) + "/manifest.json")
+    config = DataConfig(image_size=16, cache=str(tmp_path / "cache"))
+    batches = list(evaluation_batches(remote, "val", config, batch=4, workers=0))
+    assert torch.cat([batch.index for batch in batches]).tolist() == list(range(6))
+    assert ShardReader(remote, "val", config).key(5) == ShardReader(local, "val").key(5)
+
+
+def test_a_copy_that_was_damaged_in_the_cache_is_fetched_again(local, tmp_path):
+    with served(local) as store:
+        remote = read_manifest(f"{store.url}/set/manifest.json")
+        read(remote, tmp_path / "cache")
+        (copy,) = [tmp_path / "cache" / shard.sha256 for shard in local.shards("train")[:1]]
+        for damaged in (bytes(len(copy.read_bytes())), copy.read_bytes()[:700]):
+            copy.write_bytes(damaged)
+            assert same(read(remote, tmp_path / "cache"), read(local, tmp_path / "unused"))
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"), [("500", "unreachable"), ("404", "missing"), ("flip", "checksum"), ("short", "truncated")]
+)
+def test_a_shard_that_cannot_be_had_is_counted_and_replaced(local, tmp_path, monkeypatch, word, reason):
+    monkeypatch.setattr(faults, "PAUSES", (0.0,))
+    bad = local.shards("train")[2]
+    numbers = set(range(16, 24))
+    with served(local) as store:
+        store.fail(f"/set/{bad.file}", word, forever=True)
+        remote = read_manifest(f"{store.url}/set/manifest.json")
+        batches = read(remote, tmp_path / "cache", range(4), max_bad_fraction=0.2)
+        skipped = [s for batch in batches for s in batch.skipped]
+        assert {(s.shard, s.reason) for s in skipped} == {(bad.file, reason)}
+        assert {s.number for s in skipped} <= numbers
+        if word != "flip":  # of a shard with one flipped bit, samples that were asked for one by one may be whole
+            assert {s.number for s in skipped} == numbers
+        assert all(len(batch.index) == 10 for batch in batches)
+        with pytest.raises(UserError, match=r"could not be read in one epoch, more than data.max_bad_fraction"):
+            read(remote, tmp_path / "other", range(4), max_bad_fraction=0.01)
+
+
+def test_500_twice_does_no_harm(local, tmp_path, monkeypatch):
+    monkeypatch.setattr(faults, "PAUSES", (0.0, 0.0))
+    with served(local) as store:
+        for shard in local.shards("train"):
+            store.fail(f"/set/{shard.file}", "500", "500")
+        remote = read_manifest(f"{store.url}/set/manifest.json")
+        assert same(read(remote, tmp_path / "cache"), read(local, tmp_path / "unused"))
+
+
+def test_a_cache_that_would_thrash_is_refused_before_the_start(local, tmp_path):
+    with served(local) as store:
+        manifest = read_manifest(f"{store.url}/set/manifest.json")
+        size = sum(shard.bytes for shard in local.shards("train")) / 1e9
+        data = DataConfig(manifest=manifest.path, cache=str(tmp_path), cache_gb=size * 0.9)
+        config = Config(folder=str(tmp_path), data=data, train=TrainConfig(global_batch=20))
+        with pytest.raises(UserError, match=r"data.cache_gb=.* does not hold two windows of data.shuffle_shards=0"):
+            check_run(config, manifest, World())
+        check_run(replace(config, data=replace(data, shuffle_shards=2)), manifest, World())
