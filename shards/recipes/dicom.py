@@ -5,6 +5,7 @@ Needs pydicom (the extra ``dicom``); ``dicom_pixels`` renders. Files with the pr
 """
 
 import difflib
+import math
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -236,4 +237,4 @@ def _pair(text: str) -> tuple[float, float] | None:
         first, second = (float(part) for part in text.split(","))
     except ValueError:
         return None
-    return first, second
+    return (first, second) if math.isfinite(first) and math.isfinite(second) else None

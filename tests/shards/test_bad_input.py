@@ -330,6 +330,7 @@ CASES = {
         ["window=lung", "voi, percentile, full", "CENTRE,WIDTH"],
     ),
     "dicom window of no width": ("dicom", dicom_source(), ["-o", "window=40,0"], ["window=40,0", "1 or more"]),
+    "dicom window of no number": ("dicom", dicom_source(), ["-o", "window=nan,9"], ["window=nan,9", "CENTRE,WIDTH"]),
     "dicom percentiles": ("dicom", dicom_source(), ["-o", "percentiles=99,1"], ["percentiles=99,1", "LOW,HIGH"]),
     "dicom one percentile": ("dicom", dicom_source(), ["-o", "percentiles=99"], ["percentiles=99", "0.5,99.5"]),
     "dicom bits": ("dicom", dicom_source(), ["-o", "bits=12"], ["bits=12", "8 and 16"]),
