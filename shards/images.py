@@ -1,144 +1,135 @@
-"""One image from source bytes to sample bytes: decoded once in full, stripped of metadata, pixels untouched.
-
-Format facts: JPEG segments ITU T.81 annex B, PNG chunks W3C PNG 3rd edition section 11.
-"""
+"""One image from source bytes to sample bytes: checked, stripped of metadata, pixels untouched unless resized."""
 
 import io
-import re
-import struct
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # what Pillow decodes pixels from; text, time and EXIF go
+from shards.strip import JPEG_START, PNG_START, Parts, strip_jpeg, strip_png
+
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B")
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # ends entropy-coded data; FF00 is a byte, FFD0-D7 are restarts
-ADOBE, COMMENT, END, SCAN = 0xEE, 0xFE, 0xD9, 0xDA
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow reads others too, some with the help of other programs
+UNITS = 65535  # a channel's full scale, of 8-bit values too: 257 * 255 = 65535
+
+Reason = Literal["unreadable file", "empty file", "not an image", "damaged image"]
+
+
+class Rejected(ValueError):  # noqa: N818
+    """An image that cannot be packed."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Exact sums over the pixels of one image or many, in integers, so that their order cannot matter."""
+
+    grey: bool
+    pixels: int
+    sums: tuple[int, ...]
+    """Per channel: of the values in 1/65535."""
+    squares: tuple[int, ...]
+    """Per channel: of the squared values in 1/65535**2."""
+
+    def plus(self, other: "Channels") -> "Channels":
+        assert self.grey == other.grey
+        return Channels(
+            self.grey,
+            self.pixels + other.pixels,
+            tuple(a + b for a, b in zip(self.sums, other.sums, strict=True)),
+            tuple(a + b for a, b in zip(self.squares, other.squares, strict=True)),
+        )
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A sample's image and what it adds to the channel statistics."""
-
-    content: bytes
+    parts: Parts
+    """The image file, in pieces."""
     extension: str
-    grey: bool
-    pixels: int
-    sums: tuple[int, ...]
-    """Per channel: sum of the values in 1/65535; exact integers, so that their order cannot matter."""
-    squares: tuple[int, ...]
-    """Per channel: sum of the squared values, in 1/65535**2."""
+    channels: Channels | None
+    """Of the decoded image, where they were asked for."""
+
+    @property
+    def content(self) -> bytes:
+        return b"".join(self.parts)
 
 
-def pack_image(content: bytes, size: int | None = None) -> Packed:
-    """Decode, check, strip and, with ``size``, resize the shortest side to that many pixels (antialiased, re-encoded).
+def pack_image(content: bytes, size: int | None = None, measure: bool = False) -> Packed:
+    """Check and strip an image; with ``size``, resize the shortest side to that many pixels (antialiased, re-encoded).
 
-    JPEG and PNG keep their coded pixels; every other format becomes PNG.
-
-    Raises:
-        ValueError: it cannot be decoded in full; the message says why.
-    """
-    image, kind = _decode(content)
-    content = _stripped(content, image, kind) if size is None else _resized(image, kind, size)
-    if size is not None or kind == "other":
-        image, _ = _decode(content)
-    return _with_statistics(content, "jpg" if content[:2] == b"\xff\xd8" else "png", image)
-
-
-def strip_jpeg(content: bytes, keep_adobe: bool = False) -> bytes:
-    """Drop every APPn and COM segment and whatever follows the end of the image; no coded pixel is touched.
+    A JPEG or PNG of sound structure keeps its coded pixels and is not decoded; every other one is, in full, and becomes
+    PNG.
 
     Args:
-        content: a JPEG file.
-        keep_adobe: keep the colour transform of the Adobe segment, rewritten without its other fields.
+        content: an image file.
+        size: pixels of the shortest side; None leaves the pixels untouched.
+        measure: decode the result and sum up its channels.
 
     Raises:
-        ValueError: if the segments do not parse.
+        Rejected: it is no image or is damaged.
     """
-    out, at = [b"\xff\xd8"], 2
-    while True:
-        match = _MARKER.search(content, at)
-        if match is None:
-            return b"".join([*out, b"\xff\xd9"])  # decoders accept a missing end, so do we
-        code, at = content[match.end() - 1], match.end()
-        if code == END:
-            return b"".join([*out, b"\xff\xd9"])
-        if len(content) < at + 2:
-            raise ValueError("a JPEG segment is cut short")
-        end = at + int(struct.unpack_from(">H", content, at)[0])
-        segment = content[at:end]
-        if code == ADOBE and keep_adobe and segment[2:7] == b"Adobe":
-            out.append(b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + segment[13:14])
-        elif not (0xE0 <= code <= 0xEF or code == COMMENT):
-            out.append(bytes([0xFF, code]) + segment)
-        at = end
-        if code == SCAN:
-            following = _MARKER.search(content, at)
-            at = following.start() if following else len(content)
-            out.append(content[end:at])
+    if not content:
+        raise Rejected("empty file")
+    try:
+        packed = _strip(content) if size is None else None
+    except ValueError:
+        packed = None  # only decoding can tell now
+    if packed is None:
+        image = decode(content)
+        changed = _encoded(image, "PNG") if size is None else _resized(image, content[:3] == JPEG_START, size)
+        try:
+            packed = _strip(changed)
+        except ValueError as error:
+            raise Rejected("damaged image", str(error)) from None  # too many pixels
+    return Packed(*packed, _measured(decode(b"".join(packed[0]))) if measure else None)
 
 
-def strip_png(content: bytes) -> bytes:
-    """Drop every chunk that no pixel needs: text, time, EXIF, profiles, animation, and whatever follows the end.
+def decode(content: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
+    """The decoded image.
+
+    Args:
+        content: an image file.
+        at_least: let a JPEG be decoded smaller, with no side below this; None decodes every pixel.
 
     Raises:
-        ValueError: if the chunks do not parse.
+        Rejected: it cannot be decoded in full.
     """
-    out, at = [PNG_MAGIC], len(PNG_MAGIC)
-    while at + 12 <= len(content):
-        length, name = struct.unpack_from(">I4s", content, at)
-        if name in PNG_KEPT:
-            out.append(content[at : at + 12 + length])
-        at += 12 + length
-        if name == b"IEND":
-            return b"".join(out)
-    raise ValueError("the PNG has no end")
-
-
-def _decode(content: bytes) -> tuple[Image.Image, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a damaged EXIF block is dropped anyway
-            image: Image.Image = Image.open(io.BytesIO(content))
+            image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
+            image.draft(None, at_least)
             image.load()
+    except UnidentifiedImageError:
+        raise Rejected("not an image", f"accepted are {', '.join(FORMATS)}") from None
     # Pillow's decoders answer damaged bytes with many types of error; each means that the image is unreadable.
     except Exception as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or repr(error)
-        raise ValueError(reason) from None
-    return image, {b"\xff\xd8\xff": "JPEG", b"\x89PN": "PNG"}.get(content[:3], "other")
+        raise Rejected("damaged image", " ".join(str(error).split()) or repr(error)) from None
+    return image
 
 
-def _stripped(content: bytes, image: Image.Image, kind: str) -> bytes:
-    """The file without metadata, proven to decode to the same pixels; as new PNG where that cannot be had."""
-    jpeg: list[Callable[[bytes], bytes]] = [strip_jpeg, partial(strip_jpeg, keep_adobe=True)]
-    for way in jpeg if kind == "JPEG" else [strip_png] if kind == "PNG" else []:
-        try:
-            stripped = way(content)
-            again, _ = _decode(stripped)
-        except ValueError:
-            continue  # Pillow bears with more damage than the strippers do
-        if (again.mode, again.tobytes()) == (image.mode, image.tobytes()):
-            return stripped
-    return strip_png(_as_png(image))
+def _strip(content: bytes) -> tuple[Parts, str]:
+    if content[:8] == PNG_START:
+        return strip_png(content), "png"
+    return strip_jpeg(content), "jpg"
 
 
-def _as_png(image: Image.Image) -> bytes:
+def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     if image.mode == "F":
-        raise ValueError("it has floating-point pixels; accepted are 8 and 16 bits a channel")
+        raise Rejected("damaged image", "it has floating-point pixels; accepted are 8 and 16 bits a channel")
     if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):
         image = image.convert("RGB")
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def _resized(image: Image.Image, kind: str, size: int) -> bytes:
+def _resized(image: Image.Image, as_jpeg: bool, size: int) -> bytes:
     scale = size / min(image.size)
     sides = (max(size, round(image.width * scale)), max(size, round(image.height * scale)))
     if image.mode.startswith("I"):  # Pillow resizes deep grey as floating point only
@@ -146,21 +137,18 @@ def _resized(image: Image.Image, kind: str, size: int) -> bytes:
         image = Image.fromarray(np.asarray(deep).round().clip(0, 65535).astype(np.uint16))
     else:
         image = image.convert("L" if image.mode in GREY_MODES else "RGB").resize(sides, Image.Resampling.BICUBIC)
-    if kind != "JPEG":
-        return strip_png(_as_png(image))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=95)
-    return strip_jpeg(buffer.getvalue())
+    return _encoded(image, "JPEG", quality=95) if as_jpeg else _encoded(image, "PNG")
 
 
-def _with_statistics(content: bytes, extension: str, image: Image.Image) -> Packed:
-    grey, deep = image.mode in GREY_MODES, image.mode.startswith("I")
-    if not deep and image.mode not in ("L", "RGB"):
-        image = image.convert("L" if grey else "RGB")
-    values: np.ndarray[Any, Any] = np.asarray(image).reshape(-1, 1 if grey else 3)
-    top, unit = (65535, 1) if deep else (255, 257)  # 257 * 255 = 65535
-    counts = [np.bincount(channel.astype(np.int64).clip(0, top), minlength=top + 1) for channel in values.T]
-    scale = np.arange(top + 1, dtype=np.int64) * unit
-    sums = tuple(int(count @ scale) for count in counts)
-    squares = tuple(int(count @ scale**2) for count in counts)
-    return Packed(content, extension, grey, len(values), sums, squares)
+def _measured(image: Image.Image) -> Channels:
+    grey = image.mode in GREY_MODES
+    if image.mode.startswith("I"):
+        values = np.asarray(image).ravel().astype(np.int64).clip(0, UNITS)
+        counts = np.bincount(values, minlength=UNITS + 1)[None]
+    else:
+        if image.mode not in ("L", "RGB"):
+            image = image.convert("L" if grey else "RGB")
+        counts = np.array(image.histogram(), np.int64).reshape(-1, 256)
+    scale = np.arange(counts.shape[1], dtype=np.int64) * (UNITS // (counts.shape[1] - 1))
+    sums, squares = counts @ scale, counts @ scale**2
+    return Channels(grey, image.width * image.height, tuple(map(int, sums)), tuple(map(int, squares)))

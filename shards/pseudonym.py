@@ -1,6 +1,5 @@
 """Pseudonyms: HMAC-SHA256 under a secret, so that nobody without it can test whether a known name is in the set."""
 
-import hashlib
 import hmac
 import os
 import secrets
@@ -13,7 +12,7 @@ DIGITS = 32  # 128 bits: no collision among any number of images
 
 def pseudonym(secret: bytes, kind: str, name: str) -> str:
     """Hexadecimal HMAC-SHA256 of ``name``; ``kind`` keeps images, groups and recipes apart."""
-    return hmac.new(secret, f"tracekin/{kind}\0{name}".encode(), hashlib.sha256).hexdigest()[:DIGITS]
+    return hmac.digest(secret, f"tracekin/{kind}\0{name}".encode(), "sha256").hex()[:DIGITS]
 
 
 def read_secret(path: Path | None) -> bytes:
