@@ -196,10 +196,10 @@ def _read(
     ``most_bad`` samples an epoch may be replaced; None replaces none. The training counts over all workers and ranks,
     but a worker that exceeds it alone need not wait for that.
     """
-    epoch, bad = -1, 0
+    epoch, bad = -1, set[int]()  # a sample that wraps comes twice
     for rows in source:
         if rows.epoch != epoch:
-            epoch, bad = rows.epoch, 0
+            epoch, bad = rows.epoch, set()
         numbers = rows.numbers.tolist()
         for row, (number, content) in enumerate(zip(numbers, reader.contents(numbers), strict=True)):
             try:
@@ -207,11 +207,11 @@ def _read(
                 continue
             except Fault as fault:
                 skipped = reader.skipped(number, fault, content)
-            bad += 1
+            bad.add(number)
             if most_bad is None:
                 raise reader.error(skipped)
-            if bad > most_bad:
-                raise too_many([skipped], bad, len(reader))
+            if len(bad) > most_bad:
+                raise too_many([skipped], len(bad), len(reader))
             yield _substitute(reader, rows, row, skipped, least_side)
 
 

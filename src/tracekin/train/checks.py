@@ -43,7 +43,8 @@ def _check_data(config: Config, manifest: Manifest, world: World) -> None:
     num_steps_per_epoch(count, shuffle)
     absent = absent_shards(manifest, ["train"])
     if sum(len(shard.samples) for shard, _ in absent) > data.max_bad_fraction * count:
-        raise UserError(f"{manifest.path} {absent[0][1]}; {len(absent)} shards are so: copy them or pack again.")
+        more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+        raise UserError(f"{manifest.path} {absent[0][1]}{more}; copy it or pack again.")
     if not is_remote(manifest.folder):
         return
     shards = manifest.shards("train")

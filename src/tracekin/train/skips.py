@@ -16,7 +16,7 @@ class Skips:
         """``count`` images are in the train split; an epoch may replace ``count * most`` of them."""
         self.count, self.most = count, most
         self.fresh: list[Skipped] = []
-        self.in_epoch = 0
+        self.in_epoch: set[int] = set()
 
     def flush(self, step: int, folder: Path | None) -> None:
         """Log what is new since the last flush. Collective: call it where the sum over ranks is not 0.
@@ -30,14 +30,14 @@ class Skips:
         """
         fresh = [skipped for part in collectives.gather_objects(self.fresh) for skipped in part]
         self.fresh = []
-        self.in_epoch += len(fresh)
+        self.in_epoch.update(skipped.number for skipped in fresh)  # one that wraps comes twice
         if fresh and folder is not None:
             with (folder / "skipped.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step, **skipped._asdict()}) + "\n" for skipped in fresh)
             reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(s.reason for s in fresh).most_common())
             print(f"step {step}: {len(fresh)} unreadable images replaced ({reasons}); see {folder}/skipped.jsonl")
-        if self.in_epoch > self.most * self.count:
-            raise too_many(fresh, self.in_epoch, self.count)
+        if len(self.in_epoch) > self.most * self.count:
+            raise too_many(fresh, len(self.in_epoch), self.count)
 
     def end_epoch(self) -> None:
-        self.in_epoch = 0
+        self.in_epoch.clear()
