@@ -81,6 +81,10 @@ bench: $(STAMP)
 	python -m benchmarks.mining_overhead
 	python -m benchmarks.mining_scale
 	python -m benchmarks.phantom_fairness
+	python -m benchmarks.augment_throughput
+	python -m benchmarks.shuffle_quality
+	$(if $(DATA),python -m benchmarks.pack_throughput $(DATA)/ham10000.zip)
+	$(if $(wildcard data/ham10000),python -m benchmarks.stream_throughput data/ham10000)
 
 gpu: export PYTHONPATH := src:$(PYTHONPATH)
 gpu:

@@ -18,7 +18,7 @@ from sklearn.metrics import balanced_accuracy_score
 from torchvision.models import resnet18
 
 from benchmarks.harness import arguments, finish
-from shards.recipes.base import Record
+from shards.recipes.base import Record, split_by_group
 from shards.recipes.phantom import Options, recipe
 from tracekin.evaluate.knn import knn_probability
 
@@ -71,7 +71,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     start = time.perf_counter()
-    records = recipe(None, Options(lesions=args.lesions), args.seed).records
+    dataset = recipe(None, Options(lesions=args.lesions), args.seed)
+    records = split_by_group(dataset.records, args.seed, dataset.shares)
     with ProcessPoolExecutor() as pool:
         images = torch.from_numpy(np.stack(list(pool.map(pixels_of, records, chunksize=32))))
     images = images.permute(0, 3, 1, 2).float() / 255

@@ -207,16 +207,22 @@ MEASURED = {
 
 
 @pytest.mark.parametrize(
-    ("passed", "figures", "code"),
+    ("passed", "figures", "views", "code"),
     [
-        (True, MEASURED | figures_of(1.02, 0.001), 0),
-        (False, MEASURED | figures_of(1.02, 0.001), 1),
-        (True, MEASURED | figures_of(1.04, 0.001), 1),
-        (True, {"error": "it broke"}, 1),
+        (True, MEASURED | figures_of(1.02, 0.001), {"holds": True}, 0),
+        (False, MEASURED | figures_of(1.02, 0.001), {"holds": True}, 1),
+        (True, MEASURED | figures_of(1.04, 0.001), {"holds": True}, 1),
+        (True, MEASURED | figures_of(1.02, 0.001), {"holds": False}, 1),
+        (True, {"error": "it broke"}, {"holds": True}, 1),
     ],
 )
 def test_gpu_writes_one_file_and_says_what_failed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, passed: bool, figures: dict[str, Any], code: int
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    passed: bool,
+    figures: dict[str, Any],
+    views: dict[str, Any],
+    code: int,
 ) -> None:
     """The command's own course, its parts replaced by their answers."""
     for place, name, answer in (
@@ -225,6 +231,7 @@ def test_gpu_writes_one_file_and_says_what_failed(
         (gpu, "device_facts", {"name": "NVIDIA H100 80GB HBM3"}),
         (gpu, "run_tests", {"passed": passed}),
         (gpu, "measure_throughput", figures),
+        (gpu, "measure_views", views),
     ):
         monkeypatch.setattr(place, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
