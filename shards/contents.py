@@ -1,8 +1,7 @@
 """What the bytes of a packed set are, so that the privacy scan neither misses a text nor stumbles over a number.
 
-Every byte belongs to one of four: *proven* (structure and numbers that follow from the rest, words of the contract,
-declared names), *random* (pseudonyms and sums: hexadecimal digits of a fixed width), *text* (compared as words, too)
-and the rest (coded pixels).
+Bytes are *proven* (headers and numbers that follow from the rest, words of the contract, declared names), *random*
+(pseudonyms and sums: hexadecimal digits of a fixed width), *text*, or coded pixels.
 """
 
 import io
@@ -10,7 +9,8 @@ import json
 import mmap
 import re
 import struct
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import get_args
@@ -41,6 +41,7 @@ _COUNTED = ("manifest.json", "report.json")
 """Their numbers are places, sizes, checksums, statistics and counts, which ``shards.verify`` checks against the data. A
 checksum of ten digits would match a number of six by chance."""
 _TOKEN = re.compile(rb'("(?:[^"\\]|\\.)*")|(-?\d[-+.\deE]*)|[{}\[\],:]|\s+|[a-z]+')
+_STEP = 1 << 20
 _READABLE = re.compile(rb"[\x20-\x7e]{4,}")
 
 
@@ -83,8 +84,10 @@ def read_contents(path: Path, declared: Declared) -> Contents:
 
 
 def _tell_tar(mapped: mmap.mmap, declared: Declared, contents: Contents) -> None:
+    end = 0
     try:
         for member in members(mapped):
+            end = member.end
             if match := MEMBER.fullmatch(member.name):
                 contents.random.append((member.header, member.header + NAME, match[1]))
             else:
@@ -93,6 +96,9 @@ def _tell_tar(mapped: mmap.mmap, declared: Declared, contents: Contents) -> None
             _tell(member.name, mapped[member.start : member.start + member.size], member.start, declared, contents)
     except ValueError as error:
         contents.problems.append(str(error))
+        return
+    if any(any(mapped[start : start + _STEP]) for start in range(end, len(mapped), _STEP)):
+        contents.problems.append("it goes on behind its end")
 
 
 def _tell(name: str, content: bytes, base: int, declared: Declared, contents: Contents) -> None:
@@ -100,7 +106,7 @@ def _tell(name: str, content: bytes, base: int, declared: Declared, contents: Co
     if suffix in (".jpg", ".jpeg", ".png"):
         _tell_image(name, content, base, contents)
     elif suffix == ".json":
-        _tell_json(content, base, declared, contents, counted=base == 0 and name in _COUNTED)
+        _tell_json(name, content, base, declared, contents, counted=base == 0 and name in _COUNTED)
     else:
         _tell_text(name, content, base, contents)
 
@@ -125,6 +131,7 @@ def _tell_image(name: str, content: bytes, base: int, contents: Contents) -> Non
     except ValueError:
         bare = False
     if not bare:
+        contents.problems.append(f"{name} holds more than pixels, or is no image as shards.pack writes it")
         for segment in segments(io.BytesIO(content)):
             whole = segment.kind in ("COM", "tEXt", "zTXt", "iTXt")
             found = [segment.content] if whole else _READABLE.findall(segment.content)
@@ -133,20 +140,26 @@ def _tell_image(name: str, content: bytes, base: int, contents: Contents) -> Non
         contents.prove(base + start, base + end)
 
 
-def _uncompressed_pixels(content: bytes) -> Iterator[tuple[int, int]]:
+def _uncompressed_pixels(content: bytes) -> list[tuple[int, int]]:
     """The data chunks of a PNG that stores its pixels as they are: a row of grey 48 to 57 reads as digits."""
     if content[:8] != PNG_START or len(content) < 33:
-        return
+        return []
     width, height, depth, kind = struct.unpack_from(">IIBB", content, 16)
-    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(kind, 1)
-    stored, at = [], 8
+    size = width * height * depth * {2: 3, 4: 2, 6: 4}.get(kind, 1) // 8
+    chunks, at = [], 8
     while at + 12 <= len(content):
         length, name = struct.unpack_from(">I4s", content, at)
         if name == b"IDAT":
-            stored.append((at + 8, min(at + 8 + length, len(content))))
+            chunks.append((at + 8, min(at + 8 + length, len(content))))
         at += 12 + length
-    if sum(end - start for start, end in stored) > width * height * channels * depth // 8:
-        yield from stored
+    if sum(end - start for start, end in chunks) <= size:
+        return []
+    stream = zlib.decompressobj()
+    try:
+        stream.decompress(b"".join(content[start:end] for start, end in chunks), 2 * size + height)
+    except zlib.error:
+        return []
+    return chunks if stream.eof and not stream.unused_data else []
 
 
 @dataclass
@@ -160,11 +173,11 @@ class _Frame:
     """Of an object: the current one; None where one is due."""
 
 
-def _tell_json(content: bytes, base: int, declared: Declared, contents: Contents, counted: bool) -> None:
+def _tell_json(name: str, content: bytes, base: int, declared: Declared, contents: Contents, counted: bool) -> None:
     try:
-        json.loads(content)
+        json.loads(content.decode())  # of bytes it would take UTF-16, too
     except (ValueError, RecursionError):
-        contents.texts.append((base, decode_text(content)))
+        _tell_text(name, content, base, contents)
         return
     frames = [_Frame(False, "")]
     for match in _TOKEN.finditer(content):

@@ -23,10 +23,10 @@ TABLES = (".csv", ".tsv", ".txt")
 DICOM = (".dcm", ".dicom", ".ima")
 LONGEST = 64
 """Characters; of a longer value only so many are looked for, so that a part of it is found, too."""
-_TEXTUAL = (
-    "AE AS CS DA DS DT IS LO LT PN SH ST TM UC UI UN UR UT"  # value representations of two letters, PS3.5 section 6.2
-)
-_NUMERIC = "FD FL SL SS SV UL US UV"
+_TEXTUAL = frozenset(
+    ("AE", "AS", "CS", "DA", "DS", "DT", "IS", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UN", "UR", "UT")
+)  # value representations, PS3.5 section 6.2
+_NUMERIC = frozenset(("FD", "FL", "SL", "SS", "SV", "UL", "US", "UV"))
 _ISO_DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)([-:/.]?)(\d\d)\2(\d\d)(?=\d{6}(?!\d)|(?!\d))")  # a time may follow
 _LOCAL_DATE = re.compile(r"(?<!\d)(\d\d)([-/.])(\d\d)\2((?:19|20)\d\d)(?!\d)")
 _SPELLINGS = ("%Y%m%d", "%Y-%m-%d", "%Y:%m:%d", "%Y/%m/%d", "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y")
@@ -80,11 +80,12 @@ def read_identifiers(path: Path, keep: tuple[str, ...] = (), workers: int = 1) -
     names: set[str] = set()
     for name in source.names:
         file = PurePosixPath(name)
-        for text, what in [(name, "path"), (file.name, "file name"), (file.stem, "file name")]:
-            _add(found, text, Origin("names", f"{what} of {name}"))
-            names.add(text)
+        for text in (name, file.name, file.stem):
+            _add(found, text, Origin("names", f"of {name}"))
+        if file.suffix.lower() not in (*TABLES, ".json"):
+            names |= {name, file.name, file.stem}
         for part in file.parts[:-1]:
-            _add(found, part, Origin("names", f"folder of {name}"))
+            _add(found, part, Origin("names", f"a folder of {name}"))
     for name, inside in _look_inside(source, names, keep, workers):
         for text, origin in inside.texts:
             _add(found, text, origin)
@@ -120,7 +121,7 @@ def _add(found: Identifiers, text: str, origin: Origin) -> None:
     text = unicodedata.normalize("NFC", text).strip(" \t\r\n\0")
     if text in found.origins or not any(map(str.isalnum, text)):
         return
-    found.origins.setdefault(text[:LONGEST], origin)
+    found.origins.setdefault(text[:LONGEST].strip(), origin)
     if any(sign.isdigit() for sign in text):
         for spelling in sorted(spellings(text)):
             found.origins.setdefault(spelling, Origin("dates", origin.detail))
@@ -179,8 +180,12 @@ def _read_arrays(inside: _Inside, source: Source, name: str) -> None:
 def _read_table(inside: _Inside, source: Source, name: str, names: set[str], keep: tuple[str, ...]) -> None:
     text = decode_text(source.reader(name)())
     first = text.partition("\n")[0]
-    delimiter = max(",;\t|", key=first.count)
-    rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)]
+    delimiter = max(",;\t", key=first.count) if any(sign in first for sign in ",;\t") else "|"
+    try:
+        read = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    except csv.Error:
+        read = [line.split(delimiter) for line in text.splitlines()]
+    rows = [[cell.strip() for cell in row] for row in read]
     is_list = name.lower().endswith(".txt") and first.count(delimiter) == 0
     header = [] if is_list or not rows or any(map(partial(_is_value, names), rows[0])) else rows.pop(0)
     origins = [Origin("table cells", f"column {column!r} of {name}") for column in header]

@@ -1,15 +1,14 @@
 """Search a packed set for whatever its source calls images, patients and dates.
 
-The rule. A compressed image matches short strings by chance. An identifier of n characters, none of a longer kind, is
-searched for in all bytes, in either case and in several encodings, if chance alone would find it and its equals in
-length less than ``CHANCE`` times: bytes scanned x identifiers x 2**letters / 256**n (a letter matches in two cases).
-``LEAST`` characters are the least, and a run such as 222222 or 456789 never qualifies: tables of JPEG files hold such
-runs. All other identifiers are compared, as whole words, with every text: names, JSON strings, numbers in a sample's
-JSON, metadata of images.
+The rule. A compressed image matches short strings by chance. An identifier of n characters is searched for in all
+bytes, in either case and in several encodings, if chance alone would find one of its length less than ``CHANCE`` times:
+bytes scanned x identifiers of that length x 2**letters / 256**n, since a letter matches in two cases. It must have
+``LEAST`` characters, and be no run such as 222222 or 456789, which tables of JPEG files hold. Every other identifier is
+compared, as whole words, with every text: names, JSON strings, numbers in a sample's JSON, metadata of images.
 
-Pseudonyms and sums are random hexadecimal digits of a fixed width. An identifier that is made of hexadecimal digits,
-such as 0123456, would be found in them by chance, so it counts there only if bytes x identifiers / 16**digits is below
-``CHANCE``; one that fills a pseudonym (32 digits) always does. A shorter one that zeros fill up to a pseudonym counts.
+Pseudonyms and sums are random hexadecimal digits of a fixed width, where 0123456 would be found by chance. So an
+identifier of k hexadecimal digits counts inside them only if bytes x identifiers of that length / 16**k is below
+``CHANCE``. One that fills a pseudonym (32 digits) always counts, and so does one that zeros fill up to a pseudonym.
 """
 
 import json
@@ -91,9 +90,11 @@ def scan(manifest: Manifest, source: Path, keep: tuple[str, ...] = (), workers: 
         workers: processes.
 
     Raises:
-        UserError: what ``read_identifiers`` refuses.
+        UserError: what ``read_identifiers`` refuses, or a set that lies inside the source.
     """
     folder = Path(manifest.folder)
+    if folder.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{folder} lies inside {source}, whose files would count as the source's; move it elsewhere.")
     identifiers = read_identifiers(source, keep, workers)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     result = Scan(source, identifiers, files=len(files), bytes=sum((folder / name).stat().st_size for name in files))
@@ -157,7 +158,8 @@ def _is_run(text: str) -> bool:
 
 def _encodings(text: str) -> Iterator[bytes]:
     """UTF-8, UTF-16 of both kinds, Latin-1 and JSON's escapes, of the text, its upper and its lower case."""
-    for form in {text, text.lower(), text.upper(), unicodedata.normalize("NFD", text)}:
+    forms = {text, text.lower(), text.upper(), unicodedata.normalize("NFD", text)}
+    for form in forms if not text.isascii() else {text}:  # ASCII letters are found in either case anyway
         yield form.encode()
         yield json.dumps(form)[1:-1].encode()
         wide = form.encode("utf-16-le")

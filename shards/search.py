@@ -50,9 +50,9 @@ class Search:
             for place, which in zip(places[equal].tolist(), nearest[equal].tolist(), strict=True):
                 start = place * _WINDOW + shift
                 for length in lengths[which]:
-                    number = self._needles.get(folded[start : start + length])
-                    if number is not None:
-                        found.append((start, start + length, number))
+                    end = start + length
+                    if end <= len(data) and (number := self._needles.get(folded[start:end])) is not None:
+                        found.append((start, end, number))
         return sorted(found)
 
     def find_in(self, file: BinaryIO) -> list[tuple[int, int, int]]:
