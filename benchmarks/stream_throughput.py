@@ -66,8 +66,9 @@ def ours(manifest: Manifest) -> Iterator[Tensor]:
 
 def stack(source: Iterator[Item]) -> Iterator[Tensor]:
     while items := list(islice(source, BATCH)):
-        planes = [np.ascontiguousarray(np.asarray(item.sample.image).transpose(2, 0, 1)) for item in items]
-        yield default_collate([torch.from_numpy(pixels) for pixels in planes])
+        pixels = [torch.frombuffer(bytearray(item.sample.image.tobytes()), dtype=torch.uint8) for item in items]
+        size = items[0].sample.image.size
+        yield default_collate(pixels).view(len(items), size[1], size[0], 3).permute(0, 3, 1, 2)
 
 
 def webdataset(manifest: Manifest) -> Iterator[Tensor]:
