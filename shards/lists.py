@@ -10,14 +10,14 @@ from pathlib import Path
 import click
 
 from shards.copies import Sample, splits_of
-from shards.workfolder import WorkFolder, unique, write_atomically
+from shards.workfolder import WorkFolder, write_atomically
 from tracekin.config import UserError
 
 Rejected = tuple[str, str, str]
 """An image left out: the source's name, the kind of reason, the reason."""
 
 
-def check_rejected(out: Path, rejected: Sequence[Rejected], total: int, limit: float) -> None:
+def check_rejected(work: WorkFolder, rejected: Sequence[Rejected], total: int, limit: float) -> None:
     """Refuse a source of which too much is unreadable.
 
     Raises:
@@ -26,21 +26,21 @@ def check_rejected(out: Path, rejected: Sequence[Rejected], total: int, limit: f
     if not rejected:
         return
     message = f"{len(rejected)} of {total} images are unreadable, for example {rejected[0][0]}: {rejected[0][2]}"
-    path = beside(out, "rejected")
+    path = _beside(work, "rejected")
     if len(rejected) > limit * total:
-        list_rejected(out, rejected)
+        list_rejected(work, rejected)
         raise UserError(
             f"{message}; all are listed in {path}. Accepted is a share of {limit:g}: mend them or raise --max-rejected."
         )
     click.echo(f"{message}; packed without them, all are listed in {path}.", err=True)
 
 
-def list_rejected(out: Path, rejected: Iterable[Rejected]) -> None:
+def list_rejected(work: WorkFolder, rejected: Iterable[Rejected]) -> None:
     """Write ``OUT.rejected.csv``, or remove an older one."""
-    _write(beside(out, "rejected"), ("image", "reason"), sorted((name, reason) for name, _, reason in rejected))
+    _write(work, "rejected", ("image", "reason"), sorted((name, reason) for name, _, reason in rejected))
 
 
-def list_leaks(out: Path, groups: Sequence[list[Sample]], copies: Sequence[list[Sample]]) -> None:
+def list_leaks(work: WorkFolder, groups: Sequence[list[Sample]], copies: Sequence[list[Sample]]) -> None:
     """Write ``OUT.leaks.csv`` and say what it means, or remove an older one; a set of samples is one leak."""
     rows = [
         (kind, number, sample.split, sample.image.source, sample.image.source_group)
@@ -48,14 +48,13 @@ def list_leaks(out: Path, groups: Sequence[list[Sample]], copies: Sequence[list[
         for number, leak in enumerate(leaks, 1)
         for sample in leak
     ]
-    path = beside(out, "leaks")
-    _write(path, ("leak", "number", "split", "image", "group"), rows)
+    _write(work, "leaks", ("leak", "number", "split", "image", "group"), rows)
     if rows:
         between = Counter("/".join(splits_of(leak)) for leak in (*groups, *copies)).most_common(1)[0][0]
         click.echo(
             f"the source's own splits leak: {len(groups)} groups and {len(copies)} images lie in several splits "
-            f"(mostly {between}), so scores on them will be too good. They are packed as given and listed in {path}; "
-            "mend the source's splits, or leave them out of it and let the packer split by group.",
+            f"(mostly {between}), so scores on them will be too good. They are packed as given and listed in "
+            f"{_beside(work, 'leaks')}; mend the source's splits, or remove them and let the packer split by group.",
             err=True,
         )
 
@@ -79,8 +78,8 @@ def write_mapping(mapping: Path, samples: Iterable[Sample], work: WorkFolder) ->
     """Write who is behind each key, with mode 600."""
     check_mapping(mapping, work)
     path = Path(os.path.abspath(mapping))
-    temporary = unique(path)
-    temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.unlink(missing_ok=True)  # a kill left it
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         images = (sample.image for sample in samples)
         rows = sorted((image.source, image.key, image.group, image.source_group) for image in images)
@@ -94,8 +93,8 @@ def write_mapping(mapping: Path, samples: Iterable[Sample], work: WorkFolder) ->
     temporary.replace(path)
 
 
-def beside(out: Path, kind: str) -> Path:
-    return out.parent / f"{out.name}.{kind}.csv"
+def _beside(work: WorkFolder, kind: str) -> Path:
+    return work.out.parent / f"{work.out.name}.{kind}.csv"
 
 
 def _is_ours(path: Path, work: WorkFolder) -> bool:
@@ -105,9 +104,12 @@ def _is_ours(path: Path, work: WorkFolder) -> bool:
         return False
 
 
-def _write(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def _write(work: WorkFolder, kind: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    path = _beside(work, kind)
     if rows:
-        write_atomically(path, _csv(header, rows))
+        temporary = work.path / path.name
+        temporary.write_text(_csv(header, rows), encoding="utf-8")
+        temporary.replace(path)
     else:
         path.unlink(missing_ok=True)  # of an earlier packing
 

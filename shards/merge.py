@@ -56,7 +56,7 @@ def join(work: WorkFolder, ending: Ending) -> Manifest:
 def _join(work: WorkFolder, plan: Mapping[str, Any], shards: Sequence[Finished], ending: Ending) -> Manifest:
     rejected: list[Rejected] = [(name, kind, why) for shard in shards for name, kind, why in shard.entry.rejected]
     limit = plan["max_rejected"] if ending.max_rejected is None else ending.max_rejected
-    check_rejected(work.out, rejected, sum(records for _, _, records, _ in plan["shards"]), limit)
+    check_rejected(work, rejected, sum(records for _, _, records, _ in plan["shards"]), limit)
     mean, std = _statistics(shards, work.out)
     samples = list_samples(shards)
     copies = identical_images(samples, work.shards)
@@ -64,8 +64,8 @@ def _join(work: WorkFolder, plan: Mapping[str, Any], shards: Sequence[Finished],
     left_out = {} if plan["given_splits"] else _later_copies(across)
     if left_out:
         across, samples = [], [sample for sample in samples if sample not in left_out]
-    list_rejected(work.out, [*rejected, *left_out.values()])
-    list_leaks(work.out, groups, across)
+    list_rejected(work, [*rejected, *left_out.values()])
+    list_leaks(work, groups, across)
     check_out(work.out, ending.force)  # somebody may have packed meanwhile
 
     splits = _move(work, shards, left_out)
@@ -82,7 +82,7 @@ def _join(work: WorkFolder, plan: Mapping[str, Any], shards: Sequence[Finished],
     write_sheet(work.final / "contact_sheet.png", samples, manifest.classes, work.final)
     if ending.mapping is not None:
         write_mapping(ending.mapping, samples, work)
-    work.publish()
+    work.publish(plan["fingerprint"])
     return replace(manifest, folder=str(work.out))
 
 
@@ -184,7 +184,9 @@ def main(out: Path, **ending: Any) -> None:
     chosen = Ending(**ending)
     work = WorkFolder(Path(os.path.abspath(out)))
     try:
-        if not work.clear_published():
+        if work.published():
+            work.tidy()
+        else:
             check_out(work.out, chosen.force)
             if not work.plan.exists():
                 raise UserError(f"nothing to join: {work.plan} is not there; pack slices with --out {out} first.")

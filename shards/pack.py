@@ -57,15 +57,15 @@ def pack(
     """
     ending = ending or Ending()
     work = WorkFolder(Path(os.path.abspath(out)))  # so that "." has a name and a neighbour
-    published = work.clear_published()
+    published = work.published()
     if not published:
-        check_out(work.out, ending.force)
-    if ending.mapping is not None:
-        check_mapping(ending.mapping, work)
+        _check_targets(work, ending)
     plan = make_plan(source, recipe, options, settings, work.out)
-    if published == plan.fingerprint:
-        return read_manifest(work.out)
-    check_out(work.out, ending.force)
+    if published:
+        work.tidy()
+        if published == plan.fingerprint:
+            return read_manifest(work.out)
+        _check_targets(work, ending)
     with work.locked(shared=part[1] > 1):
         work.begin(plan, part[1])
         _pack_shards(work, plan, range(part[0], len(plan.shards), part[1]), workers)
@@ -73,6 +73,12 @@ def pack(
             return join(work, ending)
         _tell_part(work, plan, part)
     return None
+
+
+def _check_targets(work: WorkFolder, ending: Ending) -> None:
+    check_out(work.out, ending.force)
+    if ending.mapping is not None:
+        check_mapping(ending.mapping, work)
 
 
 def _pack_shards(work: WorkFolder, plan: Plan, numbers: range, workers: int) -> None:

@@ -5,7 +5,7 @@
     shards/        finished shards, each with its entry TAR.json; names that begin with a dot are under way
     final/         the set as it will appear, while it is put together
     replaced/      what OUT held before, while it is exchanged
-    publishing     from the beginning of that exchange
+    publishing     from the beginning of that exchange until nothing else is left
 
 It is for the user's eyes alone (mode 700): entries hold the source's own names.
 """
@@ -33,7 +33,7 @@ class WorkFolder:
         self.path = out.parent / f"{out.name}.packing"
         self.shards, self.final = self.path / "shards", self.path / "final"
         self.replaced, self.publishing = self.path / "replaced", self.path / "publishing"
-        self.plan = self.path / "plan.json"
+        self.plan, self.lock = self.path / "plan.json", self.path / "lock"
 
     @contextmanager
     def locked(self, shared: bool) -> Iterator[None]:
@@ -64,7 +64,10 @@ class WorkFolder:
     def _lock(self, shared: bool) -> int:
         while True:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                lock = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o600)
+            except FileNotFoundError:
+                continue  # whoever finished has removed the folder this very moment
             try:
                 # POSIX locks: they die with this process, which its forked workers would outlive with flock.
                 fcntl.lockf(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -76,7 +79,7 @@ class WorkFolder:
             except OSError:
                 return lock  # this file system has no locks
             try:
-                if os.path.samestat(os.fstat(lock), os.stat(self.path / "lock")):
+                if os.path.samestat(os.fstat(lock), os.stat(self.lock)):
                     return lock
             except FileNotFoundError:
                 pass
@@ -122,25 +125,36 @@ class WorkFolder:
             raise UserError(f"cannot read {self.plan}: {error}; remove {self.path} to begin anew.") from None
         return found
 
-    def publish(self) -> None:
+    def publish(self, fingerprint: str) -> None:
         """Let ``final`` take the place of OUT, and vanish."""
-        self.publishing.touch()
+        write_atomically(self.publishing, fingerprint)
         if self.out.exists():
             self.out.rename(self.replaced)
         self.final.rename(self.out)
-        shutil.rmtree(self.path)
+        self._remove()
 
-    def clear_published(self) -> str:
-        """Remove what a kill at the very end left behind; the fingerprint of the plan that was published, else none."""
-        if not self._is_published():
-            return ""
+    def published(self) -> str:
+        """The fingerprint of the plan whose set OUT is, where a kill left nothing to do but to tidy; else nothing."""
+        if self.out.exists() and not self.final.exists() and self.publishing.exists():
+            return self.publishing.read_text(encoding="utf-8")
+        with suppress(OSError):
+            self.path.rmdir()  # empty: the last that a kill can leave
+        return ""
+
+    def tidy(self) -> None:
+        """Remove what is left of a packing that is published."""
         with self._lock_held(shared=False):
-            fingerprint = str(self.read_plan()["fingerprint"]) if self.plan.exists() else ""
-            shutil.rmtree(self.path)
-            return fingerprint
+            self._remove()
 
-    def _is_published(self) -> bool:
-        return self.publishing.exists() and self.out.exists() and not self.final.exists()
+    def _remove(self) -> None:
+        for path in self.path.iterdir():  # what says that this is published goes last
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path not in (self.lock, self.publishing):
+                path.unlink()
+        self.lock.unlink()
+        self.publishing.unlink()
+        self.path.rmdir()
 
     def _put_back(self) -> None:
         """Undo what a kill left of ``publish`` or of the work on ``final``. Others may do the same at once."""

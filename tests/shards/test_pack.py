@@ -1,23 +1,18 @@
 """Packing: same input, same bytes; no name of the source; slices that stand alone; a group lies in one split."""
 
+import csv
 import hashlib
 import io
 import json
-import os
-import signal
 import stat
-import subprocess
-import sys
 import tarfile
-import time
+import zlib
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from shards import verify as verify_module
 from shards.verify import verify
 from tests.shards.sources import (
     class_tree,
@@ -31,8 +26,6 @@ from tests.shards.sources import (
 )
 from tracekin.data.manifest import read_manifest
 
-REPOSITORY = Path(__file__).parents[2]
-
 
 def samples(folder):
     """(split, key, image bytes, described) of every sample, each slice opened alone."""
@@ -40,7 +33,8 @@ def samples(folder):
     for split, shards in manifest.splits.items():
         for shard in shards:
             content = (folder / shard.file).read_bytes()
-            for offset, length in shard.samples:
+            for offset, length, checksum in shard.samples:
+                assert zlib.crc32(content[offset : offset + length]) == checksum
                 with tarfile.open(fileobj=io.BytesIO(content[offset : offset + length]), mode="r:") as tar:
                     image, described = (tar.extractfile(member).read() for member in tar)
                     names = tar.getnames()
@@ -217,91 +211,99 @@ def test_unreadable_images_are_left_out_and_listed_beside(tmp_path):
     assert not (tmp_path / "out.rejected.csv").exists()
 
 
-def test_interrupting_leaves_nothing_behind(tmp_path):
-    environment = dict(os.environ, PYTHONPATH=f"{REPOSITORY}:{REPOSITORY / 'src'}", XDG_CONFIG_HOME=str(tmp_path / "c"))
-    command = [sys.executable, "-m", "shards.pack", "--recipe", "phantom", "-o", "lesions=20000", "--workers", "2"]
-    command += ["--out", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.packing-*/*.tar")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert list(tmp_path.glob(".out.packing-*"))
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the command
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode not in (0, 2)
-    assert "Traceback" not in errors
-    assert list(tmp_path.iterdir()) == []
+def test_fields_reach_a_sample_only_if_they_are_asked_for(tmp_path):
+    out = packed(tmp_path, ham_source(), "--keep", "sex", "--keep", "localization", recipe="ham10000")
+    assert {json.dumps(d.get("fields")) for *_, d in samples(out)} == {'{"localization": "back", "sex": "male"}'}
+    again = packed(tmp_path, ham_source(), "--keep", "localization", "--keep", "sex", recipe="ham10000", name="b")
+    assert contents(again)["train-000000.tar"] == contents(out)["train-000000.tar"]
+    plain = packed(tmp_path, ham_source(), recipe="ham10000", name="plain")
+    assert all(d.keys() == {"label", "group"} for *_, d in samples(plain))
+    refused = run_pack(tmp_path / "other", tmp_path / "out-source.zip", "--keep", "name", recipe="ham10000")
+    assert refused.exit_code == 2
+    assert "--keep name" in refused.output
+    assert "accepted are" in refused.output
+    assert "sex" in refused.output
+    assert not list(tmp_path.glob("other*"))
 
 
-def verify_cli(folder):
-    from click.testing import CliRunner
-
-    return CliRunner().invoke(verify_module.main, [str(folder), "--workers", "1"])
-
-
-def test_verify_accepts_what_pack_wrote(tmp_path):
-    result = verify_cli(packed(tmp_path, csv_source(30)))
-    assert result.exit_code == 0, result.output
-    assert "train: " in result.output
-    assert "30" not in result.output.split("train: ")[0]
-
-
-def rewrite_sample(folder, change):
-    """Apply ``change`` to one member's bytes (same length), and mend the checksum, so that only the sample is wrong."""
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    shard = manifest["splits"]["train"][0]
-    content = bytearray((folder / shard["file"]).read_bytes())
-    change(content, *shard["samples"][0])
-    (folder / shard["file"]).write_bytes(content)
-    shard["sha256"] = hashlib.sha256(content).hexdigest()
-    path.write_text(json.dumps(manifest))
+def test_the_mapping_leads_back_and_nobody_else_may_read_it(tmp_path):
+    files = csv_source(20) | {"images/torn.jpg": b"torn"}
+    files["labels.csv"] += "torn.jpg,a,Patient-9\n"
+    mapping = tmp_path / "mapping.csv"
+    out = packed(tmp_path, files, "--mapping", str(mapping))
+    assert stat.S_IMODE(mapping.stat().st_mode) == 0o600
+    rows = list(csv.DictReader(mapping.open()))
+    found = {key: (image, d["group"]) for _, key, image, d in samples(out)}
+    assert {row["key"] for row in rows} == found.keys()
+    assert len(rows) == 20
+    for row in rows:
+        image, group = found[row["key"]]
+        number = int(row["source"].removeprefix("images/Name-").removesuffix(".jpg"))
+        assert row["original_group"] == f"Patient-{number // 3}"
+        assert row["group"] == group
+        np.testing.assert_array_equal(*(np.asarray(Image.open(io.BytesIO(c))) for c in (image, files[row["source"]])))
 
 
-def break_image(content, offset, length):
-    content[offset + 600 : offset + 900] = bytes(300)
-
-
-def break_label(content, offset, length):
-    at = content.index(b'{"label":', offset)
-    content[at : at + 10] = b'{"label":7'
-
-
-def break_header(content, offset, length):
-    content[offset : offset + 5] = b"wrong"
-
-
-@pytest.mark.parametrize("change", [break_image, break_label, break_header])
-def test_verify_finds_a_damaged_sample(tmp_path, change):
-    out = packed(tmp_path, class_tree(20))
-    rewrite_sample(out, change)
-    result = verify_cli(out)
+@pytest.mark.parametrize(("where", "word"), [("there.csv", "exists"), ("out/m.csv", "inside"), ("no/m.csv", "folder")])
+def test_a_mapping_is_never_overwritten_and_never_lies_in_the_set(tmp_path, where, word):
+    (tmp_path / "there.csv").write_text("precious")
+    source = write_zip(tmp_path / "source.zip", class_tree())
+    result = run_pack(tmp_path / "out", source, "--mapping", str(tmp_path / where))
     assert result.exit_code == 2
-    assert "train-000000.tar" in result.output
-    assert "sha256" not in result.output
+    assert word in result.output
+    assert (tmp_path / "there.csv").read_text() == "precious"
+    assert not (tmp_path / "out").exists()
 
 
-def test_verify_finds_a_flipped_bit_a_wrong_offset_and_a_leaking_group(tmp_path):
-    out = packed(tmp_path, class_tree(20))
-    manifest = json.loads((out / "manifest.json").read_text())
-    (out / "manifest.json").write_text(
-        json.dumps(manifest | {"splits": {**manifest["splits"], "val": manifest["splits"]["train"]}})
-    )
-    _, _, problems = verify(out)
-    assert any("group" in problem and "train" in problem for problem in problems)
-    assert any(problem.startswith("key ") for problem in problems)
-    shard = manifest["splits"]["train"][0]
-    shard["samples"][1][0] += 512
-    (out / "manifest.json").write_text(json.dumps(manifest))
-    content = bytearray((out / shard["file"]).read_bytes())
-    content[-1] ^= 1
-    (out / shard["file"]).write_bytes(content)
-    _, _, problems = verify(out)
-    assert any("sha256" in problem for problem in problems)
-    assert any("starts at byte" in problem for problem in problems)
-    assert any("more than the samples" in problem for problem in problems)
+def test_the_report_counts_what_was_packed_and_names_nothing(tmp_path):
+    files = csv_source(40) | {"images/torn.jpg": b"torn", "images/empty.jpg": b""}
+    files["images/Name-1.jpg"] = files["images/Name-0.jpg"]  # one group, so one split
+    files["labels.csv"] += "torn.jpg,a,Patient-9\nempty.jpg,a,Patient-9\n"
+    source = write_zip(tmp_path / "source.zip", files)
+    result = run_pack(tmp_path / "out", source)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    found = list(samples(tmp_path / "out"))
+    for split in ("train", "val", "test"):
+        inside = [described for s, _, _, described in found if s == split]
+        assert report["images"][split] == len(inside) > 0
+        assert report["groups"][split] == len({d["group"] for d in inside})
+        assert report["classes"][split] == {n: sum(d["label"] == i for d in inside) for i, n in enumerate("ab")}
+    assert report["left_out"] == {"empty file": 1, "not an image": 1}
+    assert report["duplicates"] == 1
+    assert report["leaks"] == {"groups": 0, "images": 0}
+    assert all(len(line) <= 80 for line in result.stdout.splitlines()[:-1])
+    assert "left out, empty file: 1" in result.stdout
+    assert "Name-" not in (tmp_path / "out" / "report.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["classes", "none", "deep", "multilabel"])
+def test_the_contact_sheet_shows_train_images_in_a_row_a_class(tmp_path, kind):
+    deep = Image.fromarray(np.linspace(1000, 1040, 400, dtype=np.uint16).reshape(20, 20))
+    buffer = io.BytesIO()
+    deep.save(buffer, "PNG")
+    files = {
+        "classes": class_tree(20),
+        "none": {f"{i}.jpg": image_bytes(i) for i in range(15)},
+        "deep": {f"{i}.png": buffer.getvalue() for i in range(3)},
+        "multilabel": csv_source(20) | {"labels.csv": csv_source(20)["labels.csv"].replace(",a,", ",a|b,")},
+    }[kind]
+    out = packed(tmp_path, files)
+    sheet = np.asarray(Image.open(out / "contact_sheet.png").convert("L"))
+    train = [d["label"] for split, _, _, d in samples(out) if split == "train"]
+    if kind == "none":
+        wanted = [12, 3]
+    elif kind == "deep":
+        wanted = [3]
+    else:
+        wanted = [min(12, sum(label in (d if isinstance(d, list) else [d]) for d in train)) for label in (0, 1)]
+    assert sheet.shape[0] == 4 + len(wanted) * 100
+    left = sheet.shape[1] - 12 * 100
+    for row, number in enumerate(wanted):
+        cells = [sheet[4 + row * 100 :, left + 100 * k :][:96, :96] for k in range(12)]
+        assert [bool((cell < 250).any()) for cell in cells] == [True] * number + [False] * (12 - number)
+    if kind == "deep":  # 40 grey values of 65,536 are shown from black to white
+        assert cells[0].min() < 20
 
 
 @pytest.mark.parametrize(
