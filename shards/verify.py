@@ -17,9 +17,9 @@ from typing import Any
 import click
 from PIL import Image
 
-from shards.contents import MEMBER
 from shards.members import members
-from shards.privacy import Scan, describe, describe_leak, scan
+from shards.privacy.contents import MEMBER
+from shards.privacy.scan import Scan, describe, describe_leak, scan
 from shards.pseudonym import DIGITS
 from shards.recipes.base import Task
 from shards.strip import PNG_START, strip_jpeg, strip_png

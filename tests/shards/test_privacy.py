@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from shards import search
-from shards.identifiers import read_identifiers, spellings
-from shards.privacy import describe, describe_leak, scan
-from shards.search import Search
+from shards.privacy import search
+from shards.privacy.identifiers import read_identifiers, spellings
+from shards.privacy.scan import describe, describe_leak, scan
+from shards.privacy.search import Search
 from shards.tar import ShardWriter, header
 from tests.shards.sources import csv_source, ham_source, image_bytes, run_pack, write_files, write_zip
 from tests.shards.test_verify import run_verify

@@ -17,7 +17,7 @@ from typing import get_args
 
 from shards.images import Reason
 from shards.members import NAME, members
-from shards.metadata import decode_text, segments
+from shards.privacy.metadata import decode_text, segments
 from shards.pseudonym import DIGITS
 from shards.strip import JPEG_START, PNG_START, strip_jpeg, strip_png
 from tracekin.data.manifest import SPLITS

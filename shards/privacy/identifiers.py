@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from shards.metadata import decode_text, texts
+from shards.privacy.metadata import decode_text, texts
 from shards.source import EXTENSIONS, Source
 from shards.workers import ordered_map
 from tracekin.config import UserError

@@ -24,9 +24,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from shards.contents import CONTRACT, SHARD, Declared, read_contents
-from shards.identifiers import Identifiers, Origin, read_identifiers
-from shards.search import Search
+from shards.privacy.contents import CONTRACT, SHARD, Declared, read_contents
+from shards.privacy.identifiers import Identifiers, Origin, read_identifiers
+from shards.privacy.search import Search
 from shards.workers import ordered_map
 from tracekin.config import UserError
 from tracekin.data.manifest import Manifest
