@@ -83,7 +83,7 @@ def strip_png(content: bytes) -> Parts:
     """Drop every chunk that no pixel needs (text, time, EXIF, profiles) and whatever follows the end.
 
     Raises:
-        ValueError: no plain PNG, a chunk's checksum is wrong, or not whole; also an animation.
+        ValueError: no plain PNG, a chunk's checksum is wrong, or not whole.
     """
     if content[:8] != PNG_START:
         raise ValueError("no PNG")
@@ -105,7 +105,7 @@ def strip_png(content: bytes) -> Parts:
                 kept[-1] = (kept[-1][0], end)
             else:
                 kept.append((at, end))
-        elif not name[0] & 0x20 or name == b"acTL":
+        elif not name[0] & 0x20:
             raise ValueError(f"an unusual chunk ({name!r})")
         if not (name == b"IDAT" and order and order[-1] == b"IDAT"):
             order.append(name)

@@ -121,6 +121,16 @@ def test_mean_and_std_are_those_of_the_train_pixels(tmp_path):
     np.testing.assert_allclose(manifest.std, pixels.std(0), rtol=1e-9)
 
 
+def test_of_many_train_images_the_first_of_each_shard_give_mean_and_std(tmp_path, monkeypatch):
+    monkeypatch.setattr("shards.plan.MEASURED_IMAGES", 8)
+    out = packed(tmp_path, class_tree(20), "--shard-samples", "5")
+    train = [np.asarray(Image.open(io.BytesIO(i))).reshape(-1, 3) for s, _, i, _ in samples(out) if s == "train"]
+    assert len(train) in range(26, 31)  # six shards, so two of each
+    pixels = np.concatenate([image for number, image in enumerate(train) if number % 5 < 2]) / 255
+    np.testing.assert_allclose(read_manifest(out).mean, pixels.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(read_manifest(out).std, pixels.std(0), rtol=1e-9)
+
+
 def test_grey_sets_have_one_channel_and_mixed_sets_three(tmp_path):
     grey = {f"{i}.png": image_bytes(i, "PNG", "L") for i in range(4)}
     assert len(read_manifest(packed(tmp_path, grey, name="grey")).mean) == 1

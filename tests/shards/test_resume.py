@@ -82,6 +82,27 @@ def options(replacing=False):
     return ["--shard-samples", "4", "--max-rejected", "0.2", *(["--force"] if replacing else [])]
 
 
+def test_killed_with_other_options_it_goes_on_with_the_first(tmp_path, monkeypatch):
+    """No shard of the one packing is ever taken for one of the other."""
+    source = write_files(tmp_path / "source", with_copies())
+    assert run_pack(tmp_path / "out", source, *options()).exit_code == 0
+    wanted, stops, stopped = contents(tmp_path / "out"), 0, True
+    while stopped:
+        (tmp_path / "out").rename(tmp_path / f"out-{stops}")
+        stop_at_the_end(tmp_path, monkeypatch, source, *options())
+        with monkeypatch.context() as patch:
+            patch.setattr("shards.pack.join", stop)
+            kill_after(patch, stops)
+            try:
+                run_pack(tmp_path / "out", source, "--size", "24", *options())
+                stopped = False
+            except Killed:
+                stops += 1
+        assert run_pack(tmp_path / "out", source, *options()).exit_code == 0
+        assert contents(tmp_path / "out") == wanted
+    assert stops > 30
+
+
 @pytest.mark.parametrize("replacing", [False, True])
 def test_killed_before_any_change_to_a_file_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, replacing):
     source = write_files(tmp_path / "source", with_copies())
@@ -111,6 +132,9 @@ def test_killed_before_any_change_to_a_file_it_goes_on_to_the_same_bytes(tmp_pat
         if work.exists() and out.exists() and not any(work.iterdir()) and contents(out) == wanted:
             stops += 1
             continue  # all was done but the removal of an empty folder
+        if replacing and not out.exists():  # whatever comes next, what was there is not lost
+            assert run_pack(out, source, *options(replacing), "--max-rejected", "0").exit_code == 2
+            assert contents(out) == older
         kept = finished(work)
         result = run_pack(out, source, *arguments)
         assert result.exit_code == 0, (stops, result.output)
@@ -181,10 +205,14 @@ def test_a_real_process_is_killed_interrupted_and_goes_on(tmp_path):
     assert contents(tmp_path / "plain") == contents(tmp_path / "out")
 
 
+def stop(*_):
+    raise UserError("stopped")
+
+
 def stop_at_the_end(tmp_path, monkeypatch, source, *arguments):
     """Pack all shards, and no more."""
     with monkeypatch.context() as patch:
-        patch.setattr("shards.pack.join", lambda *_: (_ for _ in ()).throw(UserError("stopped")))
+        patch.setattr("shards.pack.join", stop)
         assert "stopped" in run_pack(tmp_path / "out", source, *arguments).output
 
 
