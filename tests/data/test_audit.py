@@ -87,6 +87,7 @@ def test_what_was_replaced_is_counted(tmp_path):
     ("arguments", "words"),
     [
         (["--world", "5"], "--world 5 does not divide --global-batch 24"),
+        (["--workers", "0,-1"], "--workers -1 is no number of processes"),
         (["--world", "two"], "'two' is no list of whole numbers"),
         (["--split", "holdout"], "no split 'holdout'; it has train"),
         (["--global-batch", "64"], "50 samples, fewer than"),

@@ -113,8 +113,17 @@ def test_substitutes_depend_on_the_order_alone():
     (whole,) = plan(sizes, shuffle, share=slice(0, 6), steps=range(1, 2))
     (mine,) = plan(sizes, shuffle, share=slice(3, 6), steps=range(1, 2))
     order = epoch_order(sizes, shuffle, 0)
-    for attempt in (1, 2, 3):
-        assert mine.substitute(1, attempt) == whole.substitute(4, attempt) == order[(6 + 4 + 6 * attempt) % 24]
+    for attempt, place in (1, 16), (2, 22), (3, 28 + 1 - 24):
+        assert mine.substitute(1, attempt) == whole.substitute(4, attempt) == order[place]
+
+
+@pytest.mark.parametrize("count", [24, 30, 36, 48, 72])
+def test_substitutes_are_many_however_few_steps_an_epoch_has(count):
+    (rows,) = plan([count], Shuffle(1, global_batch=24), share=slice(0, 24), steps=range(1))
+    for row in range(24):
+        tried = [rows.substitute(row, attempt) for attempt in range(1, 17)]
+        assert len(set(tried)) == 16
+        assert rows.numbers[row] not in tried
 
 
 @given(num_samples=st.integers(0, 300), seed=st.integers(0, 2**40), epoch=st.integers(0, 10**6))

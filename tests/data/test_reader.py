@@ -15,7 +15,8 @@ from PIL import Image
 
 from tests.data.tiny import make_dataset
 from tracekin.config import UserError
-from tracekin.data.decode import GROUP_DIGITS, group_number
+from tracekin.data.decode import GROUP_DIGITS, decode_sample, group_number
+from tracekin.data.faults import Fault
 from tracekin.data.manifest import Manifest, read_manifest
 from tracekin.data.reader import MAX_OPEN, ShardReader
 
@@ -54,8 +55,7 @@ def test_reader_survives_pickling_after_use(tmp_path):
     reader = ShardReader(make_dataset(tmp_path), "train")
     first = reader.read(0)
     copy = pickle.loads(pickle.dumps(reader))
-    for descriptor in reader._open.values():  # another process has none of them
-        os.close(descriptor)
+    reader._open.clear()  # another process has none of them
     assert copy.read(0).key == first.key
 
 
@@ -124,11 +124,15 @@ def overwrite(
         (0, b"{" * 20, 0, "malformed: Expecting property name"),
         (0, b'{"label": 99, "group": "0"}', 0, "malformed: its label 99 is not among the manifest's 3 classes"),
         (0, b'{"label": 1, "grp": "00"}', 0, "malformed: it has no group"),
-        (0, b'{"label": 1, "group": "patient"}', 0, "malformed: invalid literal"),
+        (0, b'{"label": 1, "group": "patient"}', 0, "malformed: its group 'patient' is no hexadecimal pseudonym"),
+        (0, b'{"label": 1, "group": -5}', 0, "malformed: its group -5 is no hexadecimal pseudonym"),
+        (0, b'{"label": "a\\nb", "group": "0"}', 0, r"malformed: its label 'a\\nb' is not among"),
+        (0, b"7", 0, "malformed: its json is no object with label and group"),
         (1, b"2", 156 - 512, "malformed: its member .* is no plain file"),
         (1, b"x" * 11, 124 - 512, "malformed: its tar header is damaged"),
         (1, b"07777777777", 124 - 512, "malformed: its member .* is cut short"),
         (1, b"other.png\0", -512, "malformed: members of two samples"),
+        (1, b"\x1b[2Jkey.png\0", -512, "malformed: its member .* is no plain file"),
         (1, b"/etc", 345 - 512, "malformed: its member .* is no plain file with a short name"),
     ],
     ids=[
@@ -138,10 +142,14 @@ def overwrite(
         "label",
         "no-group",
         "group",
+        "group-number",
+        "label-of-lines",
+        "no-object",
         "link",
         "no-size",
         "size",
         "keys",
+        "terminal",
         "long-name",
     ],
 )
@@ -232,3 +240,23 @@ def test_open_shards_are_bounded(tmp_path, monkeypatch):
     assert keys[:8] == keys[8:]
     assert len(set(keys)) == 8
     assert len(reader._open) <= 2
+
+
+def test_descriptors_end_with_their_reader(tmp_path):
+    manifest = make_dataset(tmp_path, train=8, shard_size=2)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        reader = ShardReader(manifest, "train")
+        assert [reader.read(n).image.mode for n in range(8)] == ["RGB"] * 8
+    assert len(os.listdir("/proc/self/fd")) == before + 4
+    del reader
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_json_nested_without_end_is_a_malformed_sample(tmp_path):
+    header = tarfile.TarInfo("key.json")
+    header.size = 200_000
+    content = header.tobuf(tarfile.USTAR_FORMAT) + b"[" * header.size + bytes(-header.size % 512)
+    image = tarfile.TarInfo("key.png")
+    with pytest.raises(Fault, match="malformed: maximum recursion depth"):
+        decode_sample(image.tobuf(tarfile.USTAR_FORMAT) + content, 3)

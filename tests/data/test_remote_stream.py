@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from tracekin.config import Config, DataConfig, TrainConfig, UserError
 from tracekin.data import faults
 from tracekin.data.batch import Batch
 from tracekin.data.manifest import Manifest, read_manifest
-from tracekin.data.reader import ShardReader
+from tracekin.data.reader import MAX_OPEN, ShardReader
 from tracekin.data.stream import evaluation_batches, pretrain_batches
 from tracekin.distributed.world import World
 from tracekin.train.checks import check_run
@@ -73,6 +74,20 @@ def test_a_copy_that_was_damaged_in_the_cache_is_fetched_again(local, tmp_path):
         for damaged in (bytes(len(copy.read_bytes())), copy.read_bytes()[:700]):
             copy.write_bytes(damaged)
             assert same(read(remote, tmp_path / "cache"), read(local, tmp_path / "unused"))
+
+
+def test_threads_that_open_and_close_shards_harm_no_read(local, tmp_path, monkeypatch):
+    """More shards in a batch than may be held open, all of them in the cache already."""
+    monkeypatch.setitem(MAX_OPEN, "remote", 1)
+    with served(local) as store:
+        remote = read_manifest(f"{store.url}/set/manifest.json")
+        reader = ShardReader(remote, "train", DataConfig(cache=str(tmp_path / "cache")))
+        read(remote, tmp_path / "cache")
+        before = len(store.requests)
+        numbers = np.random.default_rng(0).integers(0, 40, 4000).tolist()
+        expected = [ShardReader(local, "train").content(number) for number in range(40)]
+        assert all(found == expected[n] for n, found in zip(numbers, reader.contents(numbers), strict=True))
+        assert len(store.requests) == before
 
 
 @pytest.mark.parametrize(

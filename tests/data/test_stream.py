@@ -5,12 +5,15 @@ import multiprocessing
 import os
 import signal
 import subprocess
+from dataclasses import replace
+from functools import partial
 from itertools import count
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from tests.data.tiny import make_dataset
 from tracekin.config import DataConfig, UserError
@@ -47,6 +50,20 @@ def test_workers_and_resuming_change_nothing(manifest, workers):
     assert all(equal(a, b) for a, b in zip(expected, stream(manifest, workers=workers), strict=True))
     resumed = list(stream(manifest, steps=range(4, 6), workers=workers))
     assert [equal(a, b) for a, b in zip(expected[4:], resumed, strict=True)] == [True, True]
+
+
+def test_variables_of_a_jobs_script_change_nothing(manifest, monkeypatch):
+    expected = [list(stream(manifest, workers=workers)) for workers in (0, 2)]
+    for name, value in {"WORKER": "1", "NUM_WORKERS": "4", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for workers, batches in zip((0, 2), expected, strict=True):
+        assert all(equal(a, b) for a, b in zip(batches, stream(manifest, workers=workers), strict=True))
+
+
+def test_workers_that_are_spawned_see_the_same(manifest, monkeypatch):
+    expected = list(stream(manifest))
+    monkeypatch.setattr("tracekin.data.stream.DataLoader", partial(DataLoader, multiprocessing_context="spawn"))
+    assert all(equal(a, b) for a, b in zip(expected, stream(manifest, workers=2), strict=True))
 
 
 @pytest.mark.parametrize("start", range(1, 6))
@@ -103,6 +120,13 @@ def test_channels_and_normalisation(tmp_path, channels, stored):
     assert batch.views.shape == (2, 6, channels, 16, 16)
     assert -2.01 <= batch.views.min() < batch.views.max() <= 2.01  # mean 0.5, std 0.25 of values in 0..1
     assert batch.views.abs().max() > 1
+
+
+def test_a_constant_channel_is_finite(tmp_path):
+    manifest = replace(make_dataset(tmp_path, train=8, size=20), std=[0.25, 0.25, 0.0])
+    for place in ("workers", "device"):
+        (batch,) = stream(manifest, steps=range(1), augment_on=place)
+        assert batch.developed().views.isfinite().all()
 
 
 @pytest.mark.parametrize(("task", "columns", "per_image"), [("multilabel", 3, {1.0, 2.0}), ("unlabelled", 0, {0.0})])
@@ -175,6 +199,18 @@ def test_what_cannot_be_read_is_replaced_alike_in_every_world(damaged):
             assert torch.equal(torch.cat([part.index for part in parts]), whole.index)
             assert torch.equal(torch.cat([part.views for part in parts], 1), whole.views)
             assert [s for part in parts for s in part.skipped] == whole.skipped
+
+
+def test_a_single_step_an_epoch_has_substitutes_too(damaged):
+    (batch,) = pretrain_batches(
+        damaged,
+        DataConfig(image_size=16, workers=0, max_bad_fraction=0.1),
+        seed=1,
+        global_batch=40,
+        share=slice(0, 40),
+        steps=range(1),
+    )
+    assert {s.number for s in batch.skipped} == {4, 7, 38, 39}
 
 
 @pytest.mark.parametrize("workers", [0, 2])

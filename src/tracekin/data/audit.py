@@ -69,13 +69,16 @@ def audit(
     next of ``worlds``.
 
     Raises:
-        UserError: no such split, too few samples, or a world that does not divide the global batch.
+        UserError: no such split, too few samples, a world that does not divide the global batch, or a negative
+            number of loader processes.
     """
     reader = ShardReader(manifest, split, config)
     steps = epochs * num_steps_per_epoch(len(reader), shuffle)
     for size in worlds:
         if size < 1 or shuffle.global_batch % size:
             raise UserError(f"--world {size} does not divide --global-batch {shuffle.global_batch}; use divisors.")
+    if min(workers) < 0:
+        raise UserError(f"--workers {min(workers)} is no number of processes; use 0 or more.")
     report = Report()
     read = partial(_read_world, reader, config, shuffle, report)
     keys = set(_keys(reader))

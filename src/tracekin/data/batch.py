@@ -84,6 +84,7 @@ class Format:
         mean, std = (np.array(values, dtype=np.float32) for values in (manifest.mean, manifest.std))
         if channels == 1 and len(mean) == 3:
             mean, std = LUMA @ mean, LUMA @ std  # of the luma; for std a bound, near where channels move together
+        std = np.where(std > 0, std, 1)  # a channel that is constant, such as a stain that is not there
         both = [np.broadcast_to(x, channels).reshape(-1, 1, 1).astype(np.float32) for x in (mean, std)]
         self.normalisation = torch.from_numpy(np.stack(both))
 

@@ -8,6 +8,7 @@ refused.
 import io
 import json
 import math
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from tracekin.data.faults import Fault
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 GROUP_DIGITS = 15
 """Leading hex digits of a group pseudonym that make its number: 60 bits, so that it fits an int64."""
+HEXADECIMAL = re.compile("[0-9a-f]+")
 BLOCK = 512
 PLAIN_FILE = (b"0", b"\0")
 
@@ -99,7 +101,7 @@ def _header(block: bytes) -> tuple[str, int]:
     except ValueError:
         raise Fault("malformed", "its tar header is damaged") from None
     kind = block[156:157]
-    if kind not in PLAIN_FILE or size < 0 or not name or block[345:346] != b"\0":
+    if kind not in PLAIN_FILE or size < 0 or not name or not name.isprintable() or block[345:346] != b"\0":
         raise Fault("malformed", f"its member {name!r} (type {kind!r}) is no plain file with a short name")
     return name, size
 
@@ -128,10 +130,13 @@ def _described(members: dict[str, bytes], num_classes: int) -> tuple[int | list[
         described = json.loads(members["json"])
         label, group = described["label"], described["group"]
         if not all(type(number) is int and 0 <= number < num_classes for number in label_list(label)):
-            raise ValueError(f"its label {label} is not among the manifest's {num_classes} classes")
-        group_number(group)
+            raise ValueError(f"its label {label!r:.80} is not among the manifest's {num_classes} classes")
+        if not isinstance(group, str) or not HEXADECIMAL.fullmatch(group):
+            raise ValueError(f"its group {group!r:.80} is no hexadecimal pseudonym")
     except KeyError as error:
         raise Fault("malformed", f"it has no {error.args[0]}") from None
-    except (ValueError, TypeError) as error:
+    except TypeError:
+        raise Fault("malformed", "its json is no object with label and group") from None
+    except (ValueError, RecursionError) as error:
         raise Fault("malformed", str(error).rstrip(".")) from None
     return label, group

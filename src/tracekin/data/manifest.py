@@ -93,7 +93,7 @@ def read_manifest(path: str | Path, complete: bool = True) -> Manifest:
         folder, text = str(Path(where).parent), _local_text(Path(where))
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, nested too deeply
         raise UserError(f"cannot read the manifest {where}: {error}. Pack the dataset again.") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(
@@ -146,20 +146,45 @@ def _local_text(path: Path) -> str:
 
 
 def _parsed(content: dict[str, Any], folder: str, where: str) -> Manifest:
-    """The manifest, its shards' names and extents checked: it is data from elsewhere."""
+    """The manifest, its types and its shards' names and extents checked: it is data from elsewhere."""
     try:
         splits = {str(name): [Shard(**shard) for shard in shards] for name, shards in content["splits"].items()}
         keys = ("name", "recipe", "task", "classes", "mean", "std", "leaks")
         manifest = Manifest(**{key: content[key] for key in keys}, splits=splits, folder=folder)
+        _check_facts(manifest)
         for shard in (shard for shards in splits.values() for shard in shards):
-            parts = PurePosixPath(shard.file).parts
-            if not parts or parts[0] == "/" or ".." in parts or ":" in shard.file or "\\" in shard.file:
-                raise ValueError(f"the shard's name {shard.file!r} is no relative path inside its folder")
-            for offset, length, checksum in shard.samples:
-                if not (0 <= offset <= offset + length <= shard.bytes and 0 <= checksum < 2**32):
-                    raise ValueError(f"{shard.file} has a sample outside its {shard.bytes} bytes")
+            _check_shard(shard)
     except KeyError as error:
         raise UserError(f"{where} is damaged: it lacks {error}; pack the dataset again.") from None
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where} is damaged: {error}; pack the dataset again.") from None
     return manifest
+
+
+def _check_facts(manifest: Manifest) -> None:
+    if unknown := manifest.splits.keys() - set(SPLITS):
+        raise ValueError(f"its splits {sorted(unknown)} are none of {', '.join(SPLITS)}")
+    if not all(isinstance(text, str) for text in (manifest.name, manifest.recipe, manifest.task)):
+        raise ValueError("its name, recipe or task is no text")
+    if not isinstance(manifest.classes, list) or not all(isinstance(name, str) for name in manifest.classes):
+        raise ValueError("its classes are no list of names")
+    if not isinstance(manifest.mean, list) or not isinstance(manifest.std, list):
+        raise ValueError("its mean or std is no list")
+    numbers = [*manifest.mean, *manifest.std]
+    if len(numbers) not in (2, 6) or not all(type(x) in (int, float) and 0 <= x <= 1 for x in numbers):
+        raise ValueError("its mean and std are not one or three numbers of 0 to 1 each")
+
+
+def _check_shard(shard: Shard) -> None:
+    path = PurePosixPath(shard.file)
+    if not path.parts or path.is_absolute() or ".." in path.parts or set(":\\") & set(shard.file):
+        raise ValueError(f"the shard's name {shard.file!r} is no relative path inside its folder")
+    if not shard.file.isprintable():
+        raise ValueError(f"the shard's name {shard.file!r} has characters that do not print")
+    if type(shard.bytes) is not int or not isinstance(shard.sha256, str):
+        raise ValueError(f"bytes of {shard.file} is no whole number, or its sha256 no text")
+    for offset, length, checksum in shard.samples:
+        if not type(offset) is type(length) is type(checksum) is int:
+            raise ValueError(f"{shard.file} has a sample whose place is not given by whole numbers")
+        if not (0 <= offset <= offset + length <= shard.bytes < 2**63 and 0 <= checksum < 2**32):
+            raise ValueError(f"{shard.file} has a sample outside its {shard.bytes} bytes")

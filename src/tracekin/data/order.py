@@ -57,9 +57,11 @@ class Rows(NamedTuple):
         """The sample that takes the place of an unreadable one: that of the same row in a later global batch.
 
         It depends on the order alone, so it is the same for every world size and worker count, and it mostly lies in
-        the same window of shards.
+        the same window of shards. Past the epoch's end the rows are the next ones, else few steps an epoch would have
+        the same few samples tried again and again.
         """
-        return int(self.order[(self.places[row] + attempt * self.stride) % len(self.order)])
+        place = int(self.places[row]) + attempt * self.stride
+        return int(self.order[(place + place // len(self.order)) % len(self.order)])
 
 
 def epoch_order(sizes: Sequence[int], shuffle: Shuffle, epoch: int) -> Numbers:

@@ -39,6 +39,16 @@ class Skipped(NamedTuple):
     detail: str
 
 
+class _File:
+    """An open shard. Its descriptor is closed once nobody uses it, never under a thread that is still reading."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
 class ShardReader:
     """Reads samples of one split by number: shards in the manifest's order, samples in their shard's order.
 
@@ -151,7 +161,7 @@ class ShardReader:
         """
         shard, offset, _, _ = self._place(number)
         try:
-            key = first_key(patiently(lambda: self._bytes(shard, offset, BLOCK)))
+            key = first_key(patiently(lambda: self._bytes(shard, self._file(shard), offset, BLOCK)))
             if not key:
                 raise Fault("malformed", "it has no readable name")
             return key
@@ -164,7 +174,7 @@ class ShardReader:
         key = first_key(content) if isinstance(content, bytes) else ""
         if not key and fault.reason in ("truncated", "checksum"):  # its head may still be there
             with suppress(Fault):
-                key = first_key(self._bytes(shard, offset, BLOCK))
+                key = first_key(self._bytes(shard, self._file(shard), offset, BLOCK))
         return Skipped(number, key, self.shards[shard].file, offset, fault.reason, fault.detail)
 
     def error(self, skipped: Skipped) -> UserError:
@@ -173,23 +183,21 @@ class ShardReader:
         mend = "copy the set again" if self.remote else f"find all such with: python -m shards.verify {self.folder}"
         return UserError(f"{where} cannot be read ({skipped.reason}: {skipped.detail}); {mend}")
 
-    def _bytes(self, shard: int, offset: int, length: int) -> bytes:
-        # Another thread may close this descriptor, and reuse its number, before it is read: the checksum tells.
-        descriptor = self._descriptor(shard)
-        if descriptor is None:
+    def _bytes(self, shard: int, file: _File | None, offset: int, length: int) -> bytes:
+        if file is None:
             assert self._remote is not None
             return self._remote.read(self.shards[shard], offset, length)
         try:
-            content = os.pread(descriptor, length, offset)
+            content = os.pread(file.descriptor, length, offset)
         except OSError as error:
-            self._close(shard)
+            self._drop(shard, file)
             raise Fault("unreachable", error.strerror or repr(error), passing=True) from None
         if len(content) < length:
             raise Fault("truncated", f"the shard ends {length - len(content)} bytes early")
         return content
 
-    def _descriptor(self, shard: int) -> int | None:
-        """Of the local file or the cached copy; None where a remote shard is not in the cache."""
+    def _file(self, shard: int) -> _File | None:
+        """The local file or the cached copy; None where a remote shard is not in the cache."""
         with self._lock:
             if shard in self._open:
                 return self._open[shard]
@@ -206,30 +214,29 @@ class ShardReader:
                 except OSError as error:
                     raise Fault("unreachable", error.strerror or repr(error), passing=True) from None
             while len(self._open) >= MAX_OPEN["remote" if self.remote else "local"]:
-                os.close(self._open.pop(next(iter(self._open))))
+                del self._open[next(iter(self._open))]
             if self._remote is not None:  # what the cache has dropped keeps its space until nobody holds it
-                for other in [s for s, held in self._open.items() if not os.fstat(held).st_nlink]:
-                    os.close(self._open.pop(other))
-            self._open[shard] = descriptor
-            return descriptor
+                for other in [s for s, held in self._open.items() if not os.fstat(held.descriptor).st_nlink]:
+                    del self._open[other]
+            self._open[shard] = _File(descriptor)
+            return self._open[shard]
 
     def _checked(self, shard: int, offset: int, length: int, checksum: int) -> bytes:
         fault = Fault("checksum", "its bytes are not those that were packed")
-        try:
-            content = self._bytes(shard, offset, length)
-            if zlib.crc32(content) == checksum:
-                return content
-        except Fault as found:
-            if found.reason != "truncated":
-                raise
-            fault = found
-        if self._remote is not None and (held := self._open.get(shard)) is not None:
-            # A copy that was damaged after it was verified (a power cut leaves zeros): drop it, and ask the store.
-            self._remote.discard(self.shards[shard], held)
-            self._close(shard)
-            content = self._remote.read(self.shards[shard], offset, length)
-            if zlib.crc32(content) == checksum:
-                return content
+        for _ in range(2 if self.remote else 1):
+            file = self._file(shard)
+            try:
+                content = self._bytes(shard, file, offset, length)
+                if zlib.crc32(content) == checksum:
+                    return content
+            except Fault as found:
+                if found.reason != "truncated":
+                    raise
+                fault = found
+            if self._remote is not None and file is not None:
+                # A copy that was damaged after it was verified (a power cut leaves zeros): drop it, and ask the store.
+                self._remote.discard(self.shards[shard], file.descriptor)
+                self._drop(shard, file)
         raise fault
 
     def _give_respite(self, shard: int, fault: Fault) -> None:
@@ -251,11 +258,11 @@ class ShardReader:
         offset, length, checksum = self._extents[number].tolist()
         return int(np.searchsorted(self._ends, number, side="right")), offset, length, checksum
 
-    def _close(self, shard: int) -> None:
+    def _drop(self, shard: int, file: _File) -> None:
+        """Open the shard anew at its next use."""
         with self._lock:
-            descriptor = self._open.pop(shard, None)
-            if descriptor is not None:
-                os.close(descriptor)
+            if self._open.get(shard) is file:
+                del self._open[shard]
 
     def _pool(self, task: str) -> ThreadPoolExecutor:
         """Threads for one task: single samples need not wait for whole shards."""
@@ -266,7 +273,7 @@ class ShardReader:
 
     def _forget(self) -> None:
         """What is this process's own: descriptors and threads mean nothing in another."""
-        self._open: dict[int, int] = {}
+        self._open: dict[int, _File] = {}
         self._down: dict[int, tuple[Fault, float]] = {}
         self._threads: dict[tuple[int, str], ThreadPoolExecutor] = {}
         self._wanted: set[int] = set()

@@ -11,12 +11,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from typing import Any, NamedTuple
 
 import torch
 import webdataset as wds
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from tracekin.config import DataConfig, UserError
 from tracekin.data.augment import Augmentation, crop, draw, least_side, photometry_parameters, plain_view, resolve
@@ -154,8 +154,7 @@ def augmented_batches(
     return load([*stages, partial(collate, batch, Format(manifest, config.channels))], workers)
 
 
-# The stages: each takes the iterator before it. split_by_worker deals whole batches out to the loader workers, from
-# which the loader collects them in turn, so that their order is the plan's.
+# The stages: each takes the iterator before it.
 
 
 def reading(
@@ -171,7 +170,16 @@ def reading(
     ``decode_sample``.
     """
     read = partial(_read, reader, least_side, most_bad)
-    return [rows, wds.split_by_worker, partial(_read_ahead, reader, config.read_ahead), read]
+    return [rows, _of_this_worker, partial(_read_ahead, reader, config.read_ahead), read]
+
+
+def _of_this_worker(source: Iterator[Rows]) -> Iterator[Rows]:
+    """Every n-th batch of n loader processes, from which the loader collects them in turn: their order is the plan's.
+
+    webdataset's split_by_worker asks the variables WORKER and NUM_WORKERS first, which a job's script may hold.
+    """
+    worker = get_worker_info()
+    return source if worker is None else islice(source, worker.id, None, worker.num_workers)
 
 
 def _read_ahead(reader: ShardReader, depth: int, source: Iterator[Rows]) -> Iterator[Rows]:
