@@ -310,7 +310,7 @@ def test_a_checkpoint_weighs_by_the_rate_it_wrote_down(run_folder: Path, tmp_pat
         (["--epochs", "7"], "no checkpoint of epoch 7; it has 1, 2"),
         (["--epochs", "soon"], "no list of numbers"),
         (["--policies", "tracing"], "unknown policy tracing; accepted: tracin"),
-        (["--pool", "25"], "fewer than train.global_batch=25"),
+        (["--pool", "25"], "fewer than the global batch of 25"),
         (["--pool", "1"], "--pool 2 to 4096"),
     ],
 )

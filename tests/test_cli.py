@@ -35,7 +35,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["pretrain", "run.yaml", "data.manifest=nowhere/manifest.json"],
             ["nowhere/manifest.json", "data/manifest.json"],
         ),
-        (["pretrain", "run.yaml", "train.global_batch=16"], ["12 samples", "train.global_batch=16"]),
+        (["pretrain", "run.yaml", "train.global_batch=16"], ["12 samples", "global batch of 16"]),
         (["pretrain"], ["CONFIG"]),
         (["pretain"], ["pretain"]),
         (["evaluate", "runs/nothing"], ["runs/nothing", "config.yaml"]),

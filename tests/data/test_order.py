@@ -156,7 +156,7 @@ def test_what_cannot_be_shared_out_is_refused():
     assert num_steps_per_epoch(20, Shuffle(0, 20)) == 1
     assert num_steps_per_epoch(20, Shuffle(0, 6)) == 3
     assert num_steps_per_epoch(20, Shuffle(0, 6, "wrap")) == 4
-    with pytest.raises(UserError, match=r"20 samples, fewer than train.global_batch=21: set it to 20 or less"):
+    with pytest.raises(UserError, match=r"20 samples, fewer than the global batch of 21: .*train.global_batch to 20"):
         num_steps_per_epoch(20, Shuffle(0, 21))
     with pytest.raises(UserError, match=r"data.streams=4 does not divide train.global_batch=6"):
         num_steps_per_epoch(20, Shuffle(0, 6, streams=4))

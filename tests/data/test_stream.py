@@ -214,12 +214,20 @@ def test_a_single_step_an_epoch_has_substitutes_too(damaged):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_bad_samples_end_with_one_clean_message(damaged, workers):
+def test_above_the_limit_ranks_stay_in_step_until_the_training_counts(damaged, workers):
+    batches = list(stream(damaged, steps=range(12), workers=workers))  # data.max_bad_fraction is 0.01: none of 40
+    assert [len(batch.index) for batch in batches] == [GLOBAL_BATCH] * 12
+    assert sum(len(batch.skipped) for batch in batches) >= 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_where_nothing_can_be_read_one_clean_message_comes(tmp_path, workers):
+    manifest = make_dataset(tmp_path, train=12, size=20, encode=lambda _: ("png", b"GIF89a"))
     with pytest.raises(UserError) as caught:
-        list(stream(damaged, steps=range(12), workers=workers))
+        list(stream(manifest, steps=range(2), workers=workers))
     message = str(caught.value)
     assert type(caught.value) is UserError
-    assert "of 40 train images could not be read in one epoch, more than data.max_bad_fraction allows" in message
+    assert "cannot be read (undecodable: its image is not a JPEG or PNG)" in message
     assert "python -m shards.verify" in message
     assert "\n" not in message
     assert "Traceback" not in message

@@ -264,7 +264,7 @@ def test_unlabelled_images_train_and_leave_rates_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "world_size", "words"),
     [
-        (["train.global_batch=64"], 1, ["50 samples", "train.global_batch=64"]),
+        (["train.global_batch=64"], 1, ["50 samples", "global batch of 64"]),
         (["train.global_batch=10"], 3, ["train.global_batch=10", "3 ranks"]),
         (["train.global_batch=1"], 1, ["train.global_batch=1", "batch norm"]),
         (["optimiser.lr=0.1"], 1, ["optimiser.lr", "0.3 -> 0.1", "name="]),

@@ -9,6 +9,7 @@ from tests.data.tiny import make_dataset
 from tests.ranks import RankFailedError, run_ranks
 from tests.train.test_run import metrics, run, tiny_config
 from tracekin.data.manifest import Manifest
+from tracekin.data.order import Shuffle, epoch_order
 
 
 @pytest.fixture
@@ -40,6 +41,21 @@ def test_too_many_end_the_run_on_every_rank(damaged: Manifest, tmp_path: Path) -
         run_ranks(run, 2, config)
     assert (config.run_folder / "skipped.jsonl").exists()
     assert max(line["step"] for line in metrics(config)) <= 4
+
+
+def test_too_many_on_one_rank_alone_end_both(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path / "data", train=16, size=24, shard_size=16)
+    config = tiny_config(tmp_path, "data.max_bad_fraction=0.1", "train.epochs=2", "train.log_every=1")
+    mine = epoch_order([16], Shuffle(config.seed, 16), 0)[8:]  # rank 1's half of the only batch
+    held = manifest.splits["train"][0]
+    with (tmp_path / "data" / held.file).open("r+b") as file:
+        for number in mine[:3].tolist():
+            file.seek(held.samples[number][0] + 800)
+            file.write(b"\xfe\xfe")
+    with pytest.raises(RankFailedError, match=r"3 of 16 train images could not be read in one epoch"):
+        run_ranks(run, 2, config)
+    named = [json.loads(line) for line in (config.run_folder / "skipped.jsonl").read_text().splitlines()]
+    assert {s["number"] for s in named} == set(mine[:3].tolist())
 
 
 def test_a_missing_shard_counts_as_its_images(damaged: Manifest, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class DataConfig:
     as there are nodes, each node reads shards of its own. It must divide train.global_batch."""
     max_bad_fraction: float = 0.01
     """Share of the train split that an epoch may find unreadable; each such image is replaced by another, counted and
-    logged with its key. Above it the run stops."""
+    logged with its key. Above it the run stops at the next line of metrics."""
     cache: str = ""
     """Folder of this node's cache of remote shards, shared by its ranks; empty takes one in $TMPDIR or /tmp."""
     cache_gb: float = 50.0
@@ -219,7 +219,7 @@ class TrainConfig:
     epochs: int = 100
     """Passes over the train split."""
     global_batch: int = 256
-    """Images a step over all ranks, shared equally. An epoch drops the images that cannot fill a last batch."""
+    """Images a step over all ranks, shared equally; `data.last_batch` says what becomes of an epoch's rest."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 autocasts the backbones and the online heads; weights, reductions and influence stay fp32."""
     zero_stage: Literal[0, 1, 2] = 0

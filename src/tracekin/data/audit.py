@@ -84,6 +84,7 @@ def audit(
     keys = set(_keys(reader))
     reference = list(read(1, 0, range(steps)))
     spare = left_over(len(reader), shuffle)
+    report.missing += max(0, len(reader) - len(keys))  # webdataset stops where a tar is damaged
     _compare(report, reference, reference, keys, spare)
     for number, size in enumerate(worlds):
         for processes in workers:

@@ -108,8 +108,8 @@ def num_steps_per_epoch(count: int, shuffle: Shuffle) -> int:
     batch = shuffle.global_batch
     if count < batch:
         raise UserError(
-            f"the train split has {count} samples, fewer than train.global_batch={batch}: set it to {count} or less, "
-            "or pack more images."
+            f"the split has {count} samples, fewer than the global batch of {batch}: set train.global_batch to {count}"
+            " or less, or pack more images."
         )
     if batch % shuffle.streams:
         raise UserError(

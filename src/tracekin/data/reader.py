@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from tracekin.data.faults import Fault, Reason, patiently
 from tracekin.data.manifest import Manifest
 from tracekin.data.remote import RemoteShards, is_remote
 
-MAX_OPEN = {"local": 256, "remote": 16}
+MAX_OPEN = {"local": 128, "remote": 16}
 """Shards held open; few where an evicted one would keep the cache's space."""
 REQUESTS = 8
 """Requests to a store that a process has under way at once."""
@@ -64,14 +65,15 @@ class ShardReader:
             UserError: if the manifest has no such split.
         """
         config = config or DataConfig()
-        self.shards = manifest.shards(split)
-        self.sizes = [len(shard.samples) for shard in self.shards]
+        shards = manifest.shards(split)
+        self.sizes = [len(shard.samples) for shard in shards]
         self.folder, self._num_classes = manifest.folder, len(manifest.classes)
         self._remote: RemoteShards | None = None
         if is_remote(manifest.folder):
             self._remote = RemoteShards(manifest.folder, ShardCache(config.cache, int(config.cache_gb * 1e9)))
         # Arrays, not the manifest's lists: workers that touch them copy no pages and count no references.
-        samples = [np.array(shard.samples, dtype=np.int64).reshape(-1, 3) for shard in self.shards]
+        samples = [np.array(shard.samples, dtype=np.int64).reshape(-1, 3) for shard in shards]
+        self.shards = [replace(shard, samples=[]) for shard in shards]
         self._extents = np.concatenate(samples)
         self._ends = np.cumsum(self.sizes)
         self._forget()
@@ -80,7 +82,7 @@ class ShardReader:
         return len(self._extents)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_open", "_down", "_threads", "_wanted", "_lock")
+        own = ("_open", "_down", "_resting", "_threads", "_wanted", "_lock")
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -117,7 +119,8 @@ class ShardReader:
         try:
             content = patiently(lambda: self._checked(shard, offset, length, checksum))
         except Fault as fault:
-            self._give_respite(shard, fault)
+            if fault.reason in ("missing", "timeout", "unreachable"):  # the shard's own, not this sample's
+                self._down[shard] = (fault, time.monotonic() + RESPITE)
             raise
         return content
 
@@ -141,8 +144,8 @@ class ShardReader:
         if self._remote is None:
             return
         for shard in np.unique(np.searchsorted(self._ends, np.fromiter(numbers, np.int64), side="right")).tolist():
-            down = shard in self._down and time.monotonic() < self._down[shard][1]
-            if shard not in self._wanted and shard not in self._open and not down:
+            resting = time.monotonic() < self._resting.get(shard, 0.0)
+            if shard not in self._wanted and shard not in self._open and not resting:
                 self._wanted.add(shard)
                 self._pool("shards").submit(self._fetch, shard)
 
@@ -239,17 +242,12 @@ class ShardReader:
                 self._drop(shard, file)
         raise fault
 
-    def _give_respite(self, shard: int, fault: Fault) -> None:
-        """Leave a shard alone for a while if the fault is its own, not this sample's."""
-        if fault.reason in ("missing", "timeout", "unreachable"):
-            self._down[shard] = (fault, time.monotonic() + RESPITE)
-
     def _fetch(self, shard: int) -> None:
         assert self._remote is not None
         try:
             os.close(self._remote.open(self.shards[shard]))
-        except Fault as fault:  # whoever needs its samples reports it
-            self._give_respite(shard, fault)
+        except Fault:  # maybe the cache's own: whether its samples can be had shows when they are asked for one by one
+            self._resting[shard] = time.monotonic() + RESPITE
         finally:
             self._wanted.discard(shard)
 
@@ -275,6 +273,7 @@ class ShardReader:
         """What is this process's own: descriptors and threads mean nothing in another."""
         self._open: dict[int, _File] = {}
         self._down: dict[int, tuple[Fault, float]] = {}
+        self._resting: dict[int, float] = {}
         self._threads: dict[tuple[int, str], ThreadPoolExecutor] = {}
         self._wanted: set[int] = set()
         self._lock = threading.Lock()

@@ -7,11 +7,12 @@ be had is replaced by another sample, so that ranks stay in step, and reported w
 import os
 import signal
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import islice, product
+from itertools import islice, product, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -40,17 +41,6 @@ class Item(NamedTuple):
     """What the sample stands for, if it is a substitute."""
 
 
-def too_many(skipped: Sequence[Skipped], bad: int, count: int) -> UserError:
-    """The end of a run whose data is bad; ``skipped`` are some of the ``bad`` samples among ``count``."""
-    reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(s.reason for s in skipped).most_common())
-    last = skipped[-1]
-    return UserError(
-        f"{bad} of {count} train images could not be read in one epoch, more than data.max_bad_fraction allows (the "
-        f"last ones: {reasons}); for example {last.shard}, sample {last.key or '(no key)'} at byte {last.offset}: "
-        f"{last.detail}. Check the set with python -m shards.verify, or raise data.max_bad_fraction."
-    )
-
-
 def pretrain_batches(
     manifest: Manifest,
     config: DataConfig,
@@ -64,7 +54,8 @@ def pretrain_batches(
     """Augmented views of this rank's rows of the train split, one batch for each global step in ``steps``.
 
     One loader serves the whole run: epoch = step // num_steps_per_epoch, and nothing before ``steps.start`` is read.
-    A sample that cannot be had is replaced by one of the next global batch and reported in ``Batch.skipped``.
+    A sample that cannot be had is replaced by one of the next global batch and reported in ``Batch.skipped``; the
+    caller counts these over all ranks and stops above ``data.max_bad_fraction`` (tracekin.train.skips).
 
     Args:
         manifest: the dataset.
@@ -76,8 +67,8 @@ def pretrain_batches(
         views: views an image; those after the second are drawn as the second is, and leave the first two as they are.
 
     Raises:
-        UserError: at the call if the split is smaller than a global batch; while iterating if more samples than
-            data.max_bad_fraction allows cannot be had.
+        UserError: at the call if the split is smaller than a global batch; while iterating if not even the first
+            sample of a loader process, nor any in its place, can be had.
     """
     shuffle = shuffle_of(config, seed, global_batch)
     reader = ShardReader(manifest, "train", config)
@@ -201,38 +192,43 @@ def _read(
 ) -> Iterator[Item]:
     """Decode each sample, and put another one in the place of one that cannot be had.
 
-    ``most_bad`` samples an epoch may be replaced; None replaces none. The training counts over all workers and ranks,
-    but a worker that exceeds it alone need not wait for that.
+    ``most_bad`` samples an epoch may be replaced; None replaces none. Whether there are more is for the training to
+    find, which counts over all workers and ranks and ends all of them together: one that raised here would leave the
+    others waiting. Until then the last good sample stands for whatever follows, unread.
     """
     epoch, bad = -1, set[int]()  # a sample that wraps comes twice
+    last: Item | None = None
     for rows in source:
         if rows.epoch != epoch:
             epoch, bad = rows.epoch, set()
         numbers = rows.numbers.tolist()
-        for row, (number, content) in enumerate(zip(numbers, reader.contents(numbers), strict=True)):
+        hopeless = last is not None and most_bad is not None and len(bad) > most_bad
+        contents = repeat(None, len(numbers)) if hopeless else reader.contents(numbers)
+        for row, (number, content) in enumerate(zip(numbers, contents, strict=True)):
+            skipped = None
             try:
-                yield Item(epoch, number, _decoded(reader, content, least_side), None)
-                continue
+                if content is not None:
+                    last = Item(epoch, number, _decoded(reader, content, least_side), None)
             except Fault as fault:
-                skipped = reader.skipped(number, fault, content)
-            bad.add(number)
-            if most_bad is None:
+                skipped = reader.skipped(number, fault, content or b"")
+                if most_bad is None:
+                    raise reader.error(skipped) from None
+                bad.add(number)
+                last = _substitute(reader, rows, row, least_side) or last
+            if last is None:
+                assert skipped is not None
                 raise reader.error(skipped)
-            if len(bad) > most_bad:
-                raise too_many([skipped], len(bad), len(reader))
-            yield _substitute(reader, rows, row, skipped, least_side)
+            yield last._replace(epoch=epoch, skipped=skipped)
 
 
-def _substitute(reader: ShardReader, rows: Rows, row: int, skipped: Skipped, least_side: int | None) -> Item:
+def _substitute(reader: ShardReader, rows: Rows, row: int, least_side: int | None) -> Item | None:
     """Another sample for this row; one that cannot be had either is counted where it stands itself."""
     for attempt in range(1, ATTEMPTS + 1):
         number = rows.substitute(row, attempt)
         (content,) = reader.contents([number])
-        try:
-            return Item(rows.epoch, number, _decoded(reader, content, least_side), skipped)
-        except Fault:
-            continue
-    raise reader.error(skipped)
+        with suppress(Fault):
+            return Item(rows.epoch, number, _decoded(reader, content, least_side), None)
+    return None
 
 
 def _decoded(reader: ShardReader, content: bytes | Fault, least_side: int | None) -> Sample:

@@ -48,7 +48,8 @@ def _check_data(config: Config, manifest: Manifest, world: World) -> None:
     if not is_remote(manifest.folder):
         return
     shards = manifest.shards("train")
-    streams = -(-data.streams // max(1, world.size // world.local_size))  # that one node reads
+    nodes = max(1, world.size // world.local_size)
+    streams = -(-data.streams // nodes) + (data.streams % nodes > 0)  # that one node reads, part of them shared
     window = min(len(shards), streams * (data.shuffle_shards or len(shards)))
     need = sum(sorted((shard.bytes for shard in shards), reverse=True)[: 2 * window])
     if need > data.cache_gb * 1e9:

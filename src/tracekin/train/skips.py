@@ -4,8 +4,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from tracekin.config import UserError
 from tracekin.data.reader import Skipped
-from tracekin.data.stream import too_many
 from tracekin.distributed import collectives
 
 
@@ -37,7 +37,18 @@ class Skips:
             reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(s.reason for s in fresh).most_common())
             print(f"step {step}: {len(fresh)} unreadable images replaced ({reasons}); see {folder}/skipped.jsonl")
         if len(self.in_epoch) > self.most * self.count:
-            raise too_many(fresh, len(self.in_epoch), self.count)
+            raise _too_many(fresh, len(self.in_epoch), self.count)
 
     def end_epoch(self) -> None:
         self.in_epoch.clear()
+
+
+def _too_many(skipped: list[Skipped], bad: int, count: int) -> UserError:
+    """The end of a run whose data is bad; ``skipped`` are some of the ``bad`` samples among ``count``."""
+    reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(s.reason for s in skipped).most_common())
+    last = skipped[-1]
+    return UserError(
+        f"{bad} of {count} train images could not be read in one epoch, more than data.max_bad_fraction allows (the "
+        f"last ones: {reasons}); for example {last.shard}, sample {last.key or '(no key)'} at byte {last.offset}: "
+        f"{last.detail}. Check the set with python -m shards.verify, or raise data.max_bad_fraction."
+    )
