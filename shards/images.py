@@ -3,7 +3,7 @@
 import io
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -46,8 +46,7 @@ class Channels:
         )
 
 
-@dataclass(frozen=True)
-class Packed:
+class Packed(NamedTuple):
     parts: Parts
     """The image file, in pieces."""
     extension: str

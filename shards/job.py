@@ -16,7 +16,7 @@ from shards.workers import Tick
 from shards.workfolder import unique, write_atomically
 from tracekin.config import UserError
 
-MARKED = 1 << 16
+MARKED = 1 << 10
 
 
 class Image(NamedTuple):
@@ -108,12 +108,13 @@ def _write(temporary: Path, plan: Plan, shard: ShardPlan, tick: Tick) -> Entry:
                 rejected.append((record.source, error.reason, str(error)))
                 tick(1)
                 continue
-            writer.add(item.key, image.extension, image.parts, plan.describe(item))
+            group = plan.group(record)
+            writer.add(item.key, image.extension, image.parts, plan.describe(record, group))
             if image.channels is not None:
                 so_far = channels.get(image.channels.grey)
                 channels[image.channels.grey] = so_far.plus(image.channels) if so_far else image.channels
             mark = mark_of(image.parts)
-            images.append(Image(item.key, item.group, record.label, mark, record.source, record.group or ""))
+            images.append(Image(item.key, group, record.label, mark, record.source, record.group or ""))
             tick(1)
         digest = writer.finish()
     found = [channels[grey] for grey in sorted(channels)]
@@ -130,7 +131,7 @@ def _pack_record(record: Record, size: int | None, measure: bool) -> Packed:
 
 
 def mark_of(parts: Parts) -> str:
-    """The length, and the CRC-32 of the last 64 KiB."""
+    """The length, and the CRC-32 of the last KiB."""
     size, checksum = sum(map(len, parts)), 0
     ahead = size - MARKED  # bytes that do not count
     for part in parts:

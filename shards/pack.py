@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from PIL import Image
 from tqdm import tqdm
 
 from shards.job import pack_shard, read_entry
@@ -88,6 +89,7 @@ def _pack_shards(work: WorkFolder, plan: Plan, numbers: range, workers: int) -> 
     if finished:
         click.echo(f"{len(finished)} of {len(wanted)} shards are finished already ({kept} images)", err=True)
     missing = [number for number in numbers if plan.shards[number].file not in finished]
+    Image.preinit()  # before workers are forked, or each of them would import Pillow's formats
     with _progress(sum(len(shard.items) for shard in wanted), kept) as show:
         run_jobs(partial(pack_shard, work.shards, plan), missing, workers, show)
 

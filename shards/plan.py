@@ -6,7 +6,8 @@ finished under its fingerprint is done, whoever packed it and when.
 
 import hashlib
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -16,15 +17,16 @@ import PIL
 
 from shards.pseudonym import pseudonym
 from shards.recipes import RECIPES
-from shards.recipes.base import Dataset, Record, Task, split_by_group
+from shards.recipes.base import Dataset, Record, Task, deal_groups
 from shards.source import Source
 from tracekin.config import UserError, load
 from tracekin.data.manifest import SPLITS
 
 VERSION = 1
 """Raised when the packer writes other bytes for the same source, so that nothing old is taken for finished."""
-MEASURED_IMAGES = 256
-"""About so many images of the train split give its mean and standard deviation."""
+MEASURED = (1 / 128, 128, 1024)
+"""Share of the train images that give mean and standard deviation, but at least and at most so many. Decoding takes
+longer than all else: one image in 128 costs about a tenth of the rest where images are large."""
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -50,8 +52,6 @@ class Item:
     """One image of the plan."""
 
     key: str
-    group: str
-    """The group's pseudonym."""
     record: Record
 
 
@@ -67,6 +67,7 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Plan:
+    secret: bytes
     recipe: str
     name: str
     task: Task
@@ -83,12 +84,15 @@ class Plan:
     def fingerprint(self) -> str:
         return _hash([self.recipe, self.task, self.classes, self.given_splits, [s.fingerprint for s in self.shards]])
 
-    def describe(self, item: Item) -> bytes:
+    def group(self, record: Record) -> str:
+        """The pseudonym of its group."""
+        return pseudonym(self.secret, f"{self.recipe}/group", record.group_or_self)
+
+    def describe(self, record: Record, group: str) -> bytes:
         """The content of ``KEY.json``."""
-        described: dict[str, Any] = {"label": item.record.label, "group": item.group}
-        if self.keep:
-            described["fields"] = _kept(item.record, self.keep)
-        return _encode(described).encode() + b"\n"
+        label = record.label if isinstance(record.label, int) else _encode(record.label)
+        fields = f',"fields":{_encode(_kept(record, self.keep))}' if self.keep else ""
+        return f'{{"label":{label},"group":"{group}"{fields}}}\n'.encode()
 
 
 def make_dataset(
@@ -122,16 +126,17 @@ def make_plan(source: Path | None, recipe: str, options: tuple[str, ...], settin
     keep = tuple(sorted(set(settings.keep)))
     _check_fields(keep, dataset.records)
     given = any(record.split is not None for record in dataset.records)
-    records = dataset.records if given else split_by_group(dataset.records, settings.seed, dataset.shares)
+    split_of = {} if given else deal_groups(dataset.records, settings.seed, dataset.shares)
     size = None if draws else settings.size
     # Not the name, the classes' names or the limit of rejected images: no shard holds them.
     basis = [VERSION, PIL.__version__, recipe, asdict(chosen), settings.seed, size]
-    items = _sorted_items(records, recipe, settings.secret)
+    items = _sorted_items(dataset.records, split_of, partial(pseudonym, settings.secret, f"{recipe}/image"))
     shards = list(_cut(items, settings.shard_samples, keep, basis))
     if not any(shard.split == "train" for shard in shards):
         raise no_train_image(out, {shard.split for shard in shards})
     name = settings.name or out.name
-    return Plan(recipe, name, dataset.task, dataset.classes, given, size, keep, settings.max_rejected, shards)
+    secret = settings.secret
+    return Plan(secret, recipe, name, dataset.task, dataset.classes, given, size, keep, settings.max_rejected, shards)
 
 
 def no_train_image(out: Path, splits: Iterable[str]) -> UserError:
@@ -139,13 +144,12 @@ def no_train_image(out: Path, splits: Iterable[str]) -> UserError:
     return UserError(f"no readable image falls into the split train of {out}; it has {held}.")
 
 
-def _sorted_items(records: Iterable[Record], recipe: str, secret: bytes) -> dict[str, list[Item]]:
-    keys = partial(pseudonym, secret)
+def _sorted_items(
+    records: Iterable[Record], split_of: Mapping[str, str], key_of: Callable[[str], str]
+) -> dict[str, list[Item]]:
     items: dict[str, list[Item]] = {split: [] for split in SPLITS}
     for record in records:
-        assert record.split is not None
-        image, group = keys(f"{recipe}/image", record.source), keys(f"{recipe}/group", record.group_or_self)
-        items[record.split].append(Item(image, group, record))
+        items[record.split or split_of[record.group_or_self]].append(Item(key_of(record.source), record))
     for inside in items.values():
         inside.sort(key=lambda item: item.key)
     assert len({item.key for inside in items.values() for item in inside}) == sum(map(len, items.values()))
@@ -155,12 +159,14 @@ def _sorted_items(records: Iterable[Record], recipe: str, secret: bytes) -> dict
 def _cut(items: dict[str, list[Item]], step: int, keep: tuple[str, ...], basis: list[Any]) -> Iterable[ShardPlan]:
     for split, inside in items.items():
         starts = range(0, len(inside), step)
+        share, least, most = MEASURED
+        wanted = min(max(int(share * len(inside)), least), most)
         # Evenly over the shards; keys are a fixed shuffle, so the first samples of a shard are a random choice.
-        measured = step if len(inside) <= MEASURED_IMAGES else -(-MEASURED_IMAGES // len(starts))
+        measured = step if len(inside) <= wanted else math.ceil(wanted / len(starts))
         for number, start in enumerate(starts):
             part = inside[start : start + step]
             count = min(measured, len(part)) if split == "train" else 0
-            rows = [[i.key, i.group, i.record.label, i.record.stamp, _kept(i.record, keep)] for i in part]
+            rows = [[i.key, r.group_or_self, r.label, r.stamp, _kept(r, keep)] for i in part for r in (i.record,)]
             yield ShardPlan(f"{split}-{number:06d}.tar", split, part, count, _hash([basis, count, rows]))
 
 

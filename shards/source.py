@@ -8,7 +8,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO, cast
 
 from tracekin.config import UserError
@@ -28,6 +28,7 @@ class Source:
                 damaged zip, a name that is no UTF-8.
         """
         self.path = path
+        self._prefix = f"{path}{os.sep}"  # joining texts, not paths: packing must not wait for lists of names
         self.zipped = path.is_file()
         self._members = _zip_members(path) if self.zipped else {}
         self.names = sorted(_visible(path, self._members if self.zipped else _folder_names(path)))
@@ -36,7 +37,7 @@ class Source:
 
     def reader(self, name: str) -> Callable[[], bytes]:
         """A picklable function that reads one file."""
-        return partial(_read_member, str(self.path), name) if self.zipped else (self.path / name).read_bytes
+        return partial(_read_member, str(self.path), name) if self.zipped else partial(_read_file, self._prefix + name)
 
     def opener(self, name: str) -> Callable[[], BinaryIO]:
         """A picklable function that opens one file for reading and seeking."""
@@ -51,7 +52,7 @@ class Source:
         if self.zipped:
             return self._members[name]
         try:
-            status = (self.path / name).stat()
+            status = os.stat(self._prefix + name)
         except OSError as error:
             raise UserError(f"cannot read {self.path / name}: {error.strerror}.") from None
         return f"{status.st_size}-{status.st_mtime_ns}"
@@ -72,7 +73,7 @@ class Source:
         Raises:
             UserError: none or several.
         """
-        found = [name for name in self.names if PurePosixPath(name).name in names]
+        found = [name for name in self.names if name.rpartition("/")[2] in names]
         if len(found) != 1:
             several = f" ({', '.join(found)})" if found else ""
             raise UserError(
@@ -254,6 +255,11 @@ def _open_zip(path: str) -> zipfile.ZipFile:
 
 def _read_member(path: str, name: str) -> bytes:
     return _open_zip(path).read(name)
+
+
+def _read_file(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
 
 
 def _open_member(path: str, name: str) -> BinaryIO:

@@ -11,6 +11,7 @@ edition sections 5 and 11.
 import re
 import struct
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,11 +23,11 @@ JPEG_START = b"\xff\xd8\xff"
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
 _segment = struct.Struct(">BBH").unpack_from  # FF, the marker's code, the length that includes itself
-_FRAME, _SCAN, _END, _APP0, _APP14, _FILL = 0xC0, 0xDA, 0xD9, 0xE0, 0xEE, 0xFF
+_FRAME, _SCAN, _APP0, _APP14, _FILL = 0xC0, 0xDA, 0xE0, 0xEE, 0xFF
 _FRAMES = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive; Huffman-coded
 _TABLES = frozenset((0xC4, 0xDB, 0xDD))  # Huffman and quantisation tables, restart interval
 _DROPPED = frozenset((*range(0xE0, 0xF0), 0xFE, _FILL))  # APPn, comment, filling before a marker
-_NEEDED = frozenset((_FRAME, 0xDB, _SCAN))
+_NEEDED = frozenset((_FRAME, 0xDB))
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # ends entropy-coded data; FF00 is a byte, FFD0-D7 are restarts
 _BLOCK = 1 << 18
 _JFIF = b"\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"
@@ -34,6 +35,21 @@ _ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
 
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # by colour type
+
+
+class _Head(NamedTuple):
+    """A JPEG up to where its first entropy-coded data begin."""
+
+    content: bytes
+    opening: bytes
+    """The start of the image and what decides colours, to be written instead of what is dropped."""
+    kept: tuple[tuple[int, int], ...]
+    """First and last byte + 1 of each run to be written."""
+    run: int
+    """Where the last run begins, which goes on behind the head."""
+
+
+_last = _Head(b"none", b"", (), 0)  # most files of a set begin alike, since one program wrote their tables
 
 
 def strip_jpeg(content: bytes) -> Parts:
@@ -45,38 +61,62 @@ def strip_jpeg(content: bytes) -> Parts:
     Raises:
         ValueError: no plain JPEG of 8 bits with 1, 3 or 4 channels, or not whole.
     """
+    global _last
+    if not content.startswith(_last.content):
+        _last = _read_head(content)
+    view, run = memoryview(content), _last.run
+    parts: Parts = [_last.opening, *(view[start:end] for start, end in _last.kept)]
+    at = _scan_end(content, len(_last.content))
+    while content[at : at + 2] != b"\xff\xd9":
+        code, end = _next_segment(content, at)
+        if code == _SCAN:
+            end = _scan_end(content, end)
+        elif code in _DROPPED:
+            if run < at:
+                parts.append(view[run:at])
+            run = end
+        elif code not in _TABLES:
+            raise ValueError(f"an unusual segment ({code:X})")
+        at = end
+    return [*parts, view[run : at + 2]]
+
+
+def _read_head(content: bytes) -> _Head:
     if content[:3] != JPEG_START:
         raise ValueError("no JPEG")
-    view, at, run = memoryview(content), 2, 2
-    kept: Parts = []
-    seen: set[int] = set()
+    at, run, code = 2, 2, 0
+    kept: list[tuple[int, int]] = []
     colours = [b"", b""]
+    seen: set[int] = set()
+    while code != _SCAN:
+        code, end = _next_segment(content, at)
+        if code in _DROPPED:
+            _note_colours(code, content[at + 4 : end], colours)
+            if run < at:
+                kept.append((run, at))
+            run = end
+        elif code in _FRAMES and _FRAME not in seen:
+            _check_frame(content[at + 4 : end])
+            code = _FRAME
+        elif code not in _TABLES and code != _SCAN:
+            raise ValueError(f"an unusual segment ({code:X})")
+        seen.add(code)
+        at = end
+    if not seen >= _NEEDED:
+        raise ValueError("no frame or no tables")
+    return _Head(content[:at], b"\xff\xd8" + colours[0] + colours[1], tuple(kept), run)
+
+
+def _next_segment(content: bytes, at: int) -> tuple[int, int]:
+    """The code of the segment at ``at``, and where it ends; a byte of filling counts as one."""
     try:
-        while content[at : at + 2] != b"\xff\xd9":
-            lead, code, length = _segment(content, at)
-            end = at + 2 + length if code != _FILL else at + 1
-            if lead != 0xFF or length < 2 or end > len(content):
-                raise ValueError("a segment is cut short")
-            if code in _DROPPED:
-                if _SCAN not in seen:
-                    _note_colours(code, content[at + 4 : end], colours)
-                if run < at:
-                    kept.append(view[run:at])
-                run = end
-            elif code == _SCAN:
-                end = _scan_end(content, end)
-            elif code in _FRAMES and _FRAME not in seen:
-                _check_frame(content[at + 4 : end])
-                code = _FRAME
-            elif code not in _TABLES:
-                raise ValueError(f"an unusual segment ({code:X})")
-            seen.add(code)
-            at = end
+        lead, code, length = _segment(content, at)
     except struct.error:
         raise ValueError("no end") from None
-    if not seen >= _NEEDED:
-        raise ValueError("no whole image")
-    return [b"\xff\xd8" + colours[0] + colours[1], *kept, view[run : at + 2]]
+    end = at + 2 + length if code != _FILL else at + 1
+    if lead != 0xFF or length < 2 or end > len(content):
+        raise ValueError("a segment is cut short")
+    return code, end
 
 
 def strip_png(content: bytes) -> Parts:

@@ -1,5 +1,6 @@
 """Work shared among processes: a map with results in order, and jobs that leave their results on disk."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -70,6 +71,7 @@ def run_jobs(job: Job, numbers: Sequence[int], workers: int, progress: Callable[
         UserError: raised by a job, or a worker was killed.
         RuntimeError: another error of a job, with its traceback.
     """
+    gc.freeze()  # what this process holds stays: no collector need look through it, and so copy it in forked workers
     workers = min(workers, len(numbers))
     if workers <= 1:
         _run_here(job, numbers, progress)

@@ -52,7 +52,13 @@ class Dataset:
 
 
 def split_by_group(records: Sequence[Record], seed: int, shares: Mapping[str, float] = SHARES) -> list[Record]:
-    """Give each record a split so that no group is in two of them, stratified by class.
+    """Give each record the split that :func:`deal_groups` gives to its group."""
+    split_of = deal_groups(records, seed, shares)
+    return [replace(record, split=split_of[record.group_or_self]) for record in records]
+
+
+def deal_groups(records: Sequence[Record], seed: int, shares: Mapping[str, float] = SHARES) -> dict[str, str]:
+    """A split for each group (``Record.group_or_self``), stratified by class.
 
     One label an image: groups are shuffled within each class (a group's class is that of its first image) and dealt out
     so that the share of images, class by class, follows ``shares``. Several labels an image: groups are dealt out from
@@ -64,8 +70,7 @@ def split_by_group(records: Sequence[Record], seed: int, shares: Mapping[str, fl
     for record in sorted(records, key=lambda r: r.source):
         groups[record.group_or_self].append(record)
     deal = _deal_sets if any(isinstance(record.label, list) for record in records) else _deal_classes
-    split_of = deal(groups, seed, shares)
-    return [replace(record, split=split_of[record.group_or_self]) for record in records]
+    return deal(groups, seed, shares)
 
 
 def _deal_classes(groups: Mapping[str, list[Record]], seed: int, shares: Mapping[str, float]) -> dict[str, str]:

@@ -122,7 +122,7 @@ def test_mean_and_std_are_those_of_the_train_pixels(tmp_path):
 
 
 def test_of_many_train_images_the_first_of_each_shard_give_mean_and_std(tmp_path, monkeypatch):
-    monkeypatch.setattr("shards.plan.MEASURED_IMAGES", 8)
+    monkeypatch.setattr("shards.plan.MEASURED", (1 / 4, 8, 10))
     out = packed(tmp_path, class_tree(20), "--shard-samples", "5")
     train = [np.asarray(Image.open(io.BytesIO(i))).reshape(-1, 3) for s, _, i, _ in samples(out) if s == "train"]
     assert len(train) in range(26, 31)  # six shards, so two of each
