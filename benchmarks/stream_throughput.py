@@ -154,7 +154,7 @@ def first_batch(manifest: Manifest) -> float:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("manifest", help="a packed set with a train split (shards.pack)")
-    parser.add_argument("--rounds", type=int, default=7, help="measured turns of each candidate (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="measured turns of each candidate (%(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     manifest = read_manifest(options.manifest)
