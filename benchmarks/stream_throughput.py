@@ -32,7 +32,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 import webdataset as wds

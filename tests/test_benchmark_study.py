@@ -334,9 +334,7 @@ def test_no_run_and_no_labels(
     text = (run_folder / "config.yaml").read_text()
     config = load(Config, run_folder / "config.yaml")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text(
-        text.replace(config.data.manifest, manifest.path)
-    )
+    (tmp_path / "run" / "config.yaml").write_text(text.replace(config.data.manifest, manifest.path))
     for folder, told in ((tmp_path / "nothing", "is no run"), (tmp_path / "run", "has no labels")):
         with pytest.raises(SystemExit) as exit_:
             run_main(monkeypatch, str(folder))

@@ -9,8 +9,8 @@ import pytest
 from tests.data.tiny import make_dataset
 from tests.evaluate.tiny_influence import make_run
 from tracekin.cli import main
-from tracekin.data.reader import ShardReader
 from tracekin.data.manifest import read_manifest
+from tracekin.data.reader import ShardReader
 
 
 @pytest.fixture(scope="module")

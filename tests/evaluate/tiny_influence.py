@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tracekin import checkpoint
 from tracekin.config import Config, DataConfig, InfluenceConfig, ModelConfig, OptimiserConfig, load, to_yaml
 from tracekin.data.augment import resolve, view
-from tracekin.data.reader import ShardReader
 from tracekin.data.manifest import SPLITS, Manifest
+from tracekin.data.reader import ShardReader
 from tracekin.data.stream import augmented_batches
 from tracekin.model.batch_norm import CrossRankBatchNorm
 from tracekin.model.byol import Online, Target, byol_loss
