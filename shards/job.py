@@ -2,7 +2,6 @@
 
 import json
 import os
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from shards.workers import Tick
 from shards.workfolder import unique, write_atomically
 from tracekin.config import UserError
 
-MARKED = 1 << 10
+MARKED = 20
 
 
 class Image(NamedTuple):
@@ -98,7 +97,7 @@ def _write(temporary: Path, plan: Plan, shard: ShardPlan, tick: Tick) -> Entry:
     images: list[Image] = []
     rejected: list[tuple[str, str, str]] = []
     channels: dict[bool, Channels] = {}
-    with temporary.open("wb", buffering=1 << 20) as file:
+    with temporary.open("wb", buffering=1 << 17) as file:
         writer = ShardWriter(file)
         for item in shard.items:
             record = item.record
@@ -131,11 +130,8 @@ def _pack_record(record: Record, size: int | None, measure: bool) -> Packed:
 
 
 def mark_of(parts: Parts) -> str:
-    """The length, and the CRC-32 of the last KiB."""
-    size, checksum = sum(map(len, parts)), 0
-    ahead = size - MARKED  # bytes that do not count
-    for part in parts:
-        if ahead < len(part):
-            checksum = zlib.crc32(part[max(0, ahead) :], checksum)
-        ahead -= len(part)
-    return f"{size:x}-{checksum:08x}"
+    """The length and the last 20 bytes: the end of the coded pixels, of a PNG also their checksum."""
+    last = bytes(parts[-1][-MARKED:])
+    if len(last) < MARKED:
+        last = b"".join(parts)[-MARKED:]
+    return f"{sum(map(len, parts)):x}-{last.hex()}"

@@ -258,8 +258,15 @@ def _read_member(path: str, name: str) -> bytes:
 
 
 def _read_file(path: str) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        return file.read()
+    descriptor = os.open(path, os.O_RDONLY)  # a file object takes twice as long over a small image
+    try:
+        size = os.fstat(descriptor).st_size
+        content = os.read(descriptor, size + 1)
+        while len(content) != size and (more := os.read(descriptor, 1 << 20)):  # 2 GiB at most come at once
+            content += more
+        return content
+    finally:
+        os.close(descriptor)
 
 
 def _open_member(path: str, name: str) -> BinaryIO:

@@ -6,6 +6,7 @@
 import hashlib
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import BinaryIO
 
 from shards.strip import Parts
@@ -27,9 +28,15 @@ def header(name: bytes, size: int) -> bytes:
     """
     if len(name) > 100 or size >= 1 << 33:
         raise ValueError(f"no ustar member: {name!r} of {size} bytes")
-    length = b"%011o\0" % size
-    checksum = b"%06o\0 " % (_SUM + sum(name) + sum(length))
-    return name.ljust(100, b"\0") + _OWNER + length + _TIME + checksum + _REST
+    length, total = _length_field(size)
+    return b"".join((name.ljust(100, b"\0"), _OWNER, length, _TIME, b"%06o\0 " % (total + sum(name)), _REST))
+
+
+@lru_cache(maxsize=1 << 16)
+def _length_field(size: int) -> tuple[bytes, int]:
+    """The field, and the checksum of the header but for the name."""
+    field = b"%011o\0" % size
+    return field, _SUM + sum(field)
 
 
 class ShardWriter:
