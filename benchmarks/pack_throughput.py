@@ -36,9 +36,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.harness import arguments, finish, seconds, summary
+from shards.job import pack_shards
 from shards.pack import pack
 from shards.plan import Settings
-from shards.workers import run_jobs
 
 BOUND = 0.8
 SECRET = b"no secret, but long enough"
@@ -98,10 +98,10 @@ class Packing:
     def __call__(self, out: Path) -> None:
         def timed(*arguments: Any) -> None:
             start = time.perf_counter()
-            run_jobs(*arguments)
+            pack_shards(*arguments)
             self.shards = time.perf_counter() - start
 
-        with mock.patch("shards.pack.run_jobs", timed):
+        with mock.patch("shards.pack.pack_shards", timed):
             pack(self.source, self.recipe, out, self.settings, workers=self.workers)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -36,14 +37,18 @@ class Channels:
     squares: tuple[int, ...]
     """Per channel: of the squared values in 1/65535**2."""
 
-    def plus(self, other: "Channels") -> "Channels":
-        assert self.grey == other.grey
-        return Channels(
-            self.grey,
-            self.pixels + other.pixels,
-            tuple(a + b for a, b in zip(self.sums, other.sums, strict=True)),
-            tuple(a + b for a, b in zip(self.squares, other.squares, strict=True)),
-        )
+
+def add_up(measured: Iterable[Channels]) -> list[Channels]:
+    """At most two: the sums of all grey images, and of all others."""
+    found: dict[bool, Channels] = {}
+    for one in measured:
+        if one.grey in found:
+            other = found[one.grey]
+            sums = tuple(a + b for a, b in zip(one.sums, other.sums, strict=True))
+            squares = tuple(a + b for a, b in zip(one.squares, other.squares, strict=True))
+            one = Channels(one.grey, one.pixels + other.pixels, sums, squares)
+        found[one.grey] = one
+    return [found[grey] for grey in sorted(found)]
 
 
 class Packed(NamedTuple):

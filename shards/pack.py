@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,13 @@ import click
 from PIL import Image
 from tqdm import tqdm
 
-from shards.job import pack_shard, read_entry
+from shards.job import pack_shards, read_entry
 from shards.lists import check_mapping
 from shards.merge import Ending, join, tell, tell_missing
 from shards.plan import Plan, Settings, make_plan
 from shards.pseudonym import read_secret
 from shards.recipes import RECIPES
-from shards.workers import run_jobs, usable_cores
+from shards.workers import usable_cores
 from shards.workfolder import WorkFolder, check_out
 from tracekin.config import UserError
 from tracekin.data.manifest import Manifest, read_manifest
@@ -88,10 +87,10 @@ def _pack_shards(work: WorkFolder, plan: Plan, numbers: range, workers: int) -> 
     kept = sum(len(shard.items) for shard in wanted if shard.file in finished)
     if finished:
         click.echo(f"{len(finished)} of {len(wanted)} shards are finished already ({kept} images)", err=True)
-    missing = [number for number in numbers if plan.shards[number].file not in finished]
+    missing = [shard for shard in wanted if shard.file not in finished]
     Image.preinit()  # before workers are forked, or each of them would import Pillow's formats
     with _progress(sum(len(shard.items) for shard in wanted), kept) as show:
-        run_jobs(partial(pack_shard, work.shards, plan), missing, workers, show)
+        pack_shards(work.shards, plan, missing, workers, show)
 
 
 def _tell_part(work: WorkFolder, plan: Plan, part: tuple[int, int]) -> None:

@@ -55,7 +55,7 @@ class Item:
     record: Record
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ShardPlan:
     file: str
     split: str

@@ -54,8 +54,8 @@ def ordered_map(function: Callable[[A], B], jobs: Sequence[A], workers: int, chu
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def run_jobs(job: Job, numbers: Sequence[int], workers: int, progress: Callable[[int], None]) -> None:
-    """Do the job of each number; whoever is free takes the next.
+def run_jobs(job: Job, number: int, workers: int, progress: Callable[[int], None]) -> None:
+    """Do the jobs 0, 1, ... up to ``number``; whoever is free takes the next.
 
     Workers end by themselves when this process dies, by whatever cause. They are forked where that is usual (Linux):
     ready at once, however long the imports take. That is safe as long as nothing that a thread of the caller may have
@@ -63,7 +63,7 @@ def run_jobs(job: Job, numbers: Sequence[int], workers: int, progress: Callable[
 
     Args:
         job: picklable, where processes are not forked.
-        numbers: the jobs.
+        number: of jobs.
         workers: processes; 1 works in this one.
         progress: called now and then with the number of pieces done.
 
@@ -72,16 +72,16 @@ def run_jobs(job: Job, numbers: Sequence[int], workers: int, progress: Callable[
         RuntimeError: another error of a job, with its traceback.
     """
     gc.freeze()  # what this process holds stays: no collector need look through it, and so copy it in forked workers
-    workers = min(workers, len(numbers))
+    workers = min(workers, number)
     if workers <= 1:
-        _run_here(job, numbers, progress)
+        _run_here(job, number, progress)
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     following, done = context.Value("l", 0), context.RawArray("q", workers)
     alive: dict[int, tuple[BaseProcess, Connection]] = {}
     try:
         for index in range(workers):
-            process, errors = _start(context, (job, numbers, following, done, index, os.getpid()))
+            process, errors = _start(context, (job, number, following, done, index, os.getpid()))
             alive[process.sentinel] = process, errors
         while alive:
             for sentinel in wait(list(alive), TICK):
@@ -95,7 +95,7 @@ def run_jobs(job: Job, numbers: Sequence[int], workers: int, progress: Callable[
             process.join()
 
 
-def _run_here(job: Job, numbers: Sequence[int], progress: Callable[[int], None]) -> None:
+def _run_here(job: Job, number: int, progress: Callable[[int], None]) -> None:
     done = 0
 
     def tick(pieces: int) -> None:
@@ -103,8 +103,8 @@ def _run_here(job: Job, numbers: Sequence[int], progress: Callable[[int], None])
         done += pieces
         progress(done)
 
-    for number in numbers:
-        job(number, tick)
+    for index in range(number):
+        job(index, tick)
 
 
 def _start(context: BaseContext, arguments: tuple[Any, ...]) -> tuple[BaseProcess, Connection]:
@@ -115,9 +115,7 @@ def _start(context: BaseContext, arguments: tuple[Any, ...]) -> tuple[BaseProces
     return process, receiver
 
 
-def _serve(
-    job: Job, numbers: Sequence[int], following: Any, done: Any, index: int, parent: int, errors: Connection
-) -> None:
+def _serve(job: Job, number: int, following: Any, done: Any, index: int, parent: int, errors: Connection) -> None:
     """A worker: takes one job after the other."""
     _ignore_interrupt()
 
@@ -131,9 +129,9 @@ def _serve(
             with following.get_lock():
                 taken = following.value
                 following.value = taken + 1
-            if taken >= len(numbers):
+            if taken >= number:
                 return
-            job(numbers[taken], tick)
+            job(taken, tick)
     except UserError as error:
         errors.send((True, str(error)))
         sys.exit(1)

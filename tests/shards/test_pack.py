@@ -64,6 +64,17 @@ def test_folder_and_zip_and_any_number_of_workers_give_the_same_bytes(tmp_path):
     assert len(contents(outs[0])) > 5
 
 
+@pytest.mark.parametrize("size", [[], ["--size", "16"]])
+def test_more_workers_than_shards_share_them_and_the_bytes_are_the_same(tmp_path, size, monkeypatch):
+    monkeypatch.setattr("shards.job.LEAST", 4)
+    files = class_tree(24) | {"benign/torn.jpg": b"torn", "malignant/torn.jpg": b"torn"}
+    source = write_files(tmp_path / "source", files)
+    for workers in ("1", "7", "20"):
+        result = run_pack(tmp_path / workers, source, "--workers", workers, "--name", "same", *size)
+        assert result.exit_code == 0, result.output
+        assert contents(tmp_path / workers) == contents(tmp_path / "1")
+
+
 @pytest.mark.parametrize("change", ["secret", "seed"])
 def test_secret_changes_the_keys_and_seed_changes_the_split(tmp_path, change):
     other = tmp_path / "other-secret"
