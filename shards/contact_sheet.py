@@ -16,7 +16,7 @@ COLUMNS, ROWS, MOST = 12, 8, 100
 
 
 def write_sheet(path: Path, samples: Sequence[Sample], classes: Sequence[str], folder: Path) -> None:
-    """A row of up to 12 train images for each of the first 100 classes; 96 images of a set without classes.
+    """A row of up to 12 train images for each class (at most 100); 96 images of a set without classes.
 
     Args:
         path: the PNG to write.
@@ -26,13 +26,14 @@ def write_sheet(path: Path, samples: Sequence[Sample], classes: Sequence[str], f
     """
     train = [sample for sample in samples if sample.split == "train"]
     if classes:
-        of_class: list[list[Sample]] = [[] for _ in classes]
+        of_class: list[list[Sample]] = [[] for _ in (*classes, "without label")]
         for sample in train:
-            for label in labels_of(sample.image.label):
+            for label in labels_of(sample.image.label) or [-1]:
                 of_class[label].append(sample)
+        names = [*classes, "without label"] if of_class[-1] else classes
         rows = [
             (f"{name}\n{len(inside):,} train", list(_thumbnails(inside, folder, COLUMNS)))
-            for name, inside in list(zip(classes, of_class, strict=True))[:MOST]
+            for name, inside in list(zip(names, of_class, strict=False))[:MOST]
         ]
     else:
         shown = list(_thumbnails(train, folder, COLUMNS * ROWS))

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,13 +116,14 @@ def _progress(total: int, kept: int) -> Iterator[Callable[[int], None]]:
 
             yield move
         return
-    shown = 10 * kept // max(total, 1)
+    shown, start = 10 * kept // max(total, 1), time.monotonic()
 
     def show(done: int) -> None:
         nonlocal shown
         if (tenth := 10 * (kept + done) // total) > shown:
             shown = tenth
-            click.echo(f"packed {kept + done} of {total} images", err=True)
+            left = (time.monotonic() - start) / max(done, 1) * (total - kept - done)
+            click.echo(f"packed {kept + done} of {total} images, about {left:.0f} s left", err=True)
 
     yield show
 
