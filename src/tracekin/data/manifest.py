@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -123,7 +123,9 @@ def absent_shards(manifest: Manifest, splits: Collection[str] = SPLITS) -> list[
 
 def write_manifest(manifest: Manifest) -> Path:
     """Write manifest.json into ``manifest.folder``, a local one, through a temporary name; returns its path."""
-    content = {"format": FORMAT, **asdict(manifest)}
+    # Not asdict, which copies every sample's numbers.
+    splits = {split: [vars(shard) for shard in shards] for split, shards in manifest.splits.items()}
+    content = {"format": FORMAT, **vars(manifest), "splits": splits}
     del content["folder"]
     path = Path(manifest.path)
     write_text(path, json.dumps(content, separators=(",", ":")) + "\n")
