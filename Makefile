@@ -8,6 +8,8 @@ SHELL := /bin/bash
 # Python that makes .venv (3.11 to 3.13), and the one that `make gpu` uses as it is.
 BOOTSTRAP ?= python3
 PYTHON ?= python3
+# key=value for the demo's trainings, for example train.epochs=3.
+OVERRIDES ?=
 # Processes that train side by side.
 RANKS ?= 2
 # DATA: a folder of real image archives that tests may use. SOURCE: the HAM10000 archive, a zip or a folder.
@@ -53,8 +55,8 @@ data/phantom/manifest.json: | $(STAMP)
 	python -m shards.pack --recipe phantom --out data/phantom
 
 demo: $(STAMP) data/phantom/manifest.json
-	$(PRETRAIN) configs/demo.yaml name=demo/none mining.policy=none
-	$(PRETRAIN) configs/demo.yaml name=demo/tracin_cosine mining.policy=tracin_cosine
+	$(PRETRAIN) configs/demo.yaml name=demo/none mining.policy=none $(OVERRIDES)
+	$(PRETRAIN) configs/demo.yaml name=demo/tracin_cosine mining.policy=tracin_cosine $(OVERRIDES)
 	tracekin evaluate runs/demo/none runs/demo/tracin_cosine
 	tracekin report runs/demo/none runs/demo/tracin_cosine --out runs/demo
 
