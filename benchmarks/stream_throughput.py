@@ -46,8 +46,7 @@ from tracekin.data.decode import parse_members
 from tracekin.data.manifest import Manifest, read_manifest
 from tracekin.data.order import Shuffle, num_steps_per_epoch, plan
 from tracekin.data.reader import ShardReader
-from tracekin.data.stream import Item, pretrain_batches, reading
-from tracekin.data.stream import load as load_stages
+from tracekin.data.stream import Item, pretrain_batches, reading, run_stages
 
 BATCH, WORKERS, EPOCHS = 64, 2, 3
 USS_BOUND, GROWTH_BOUND, FIRST_BATCH_BOUND = 300 * 2**20, 1.1, 2.0
@@ -60,7 +59,7 @@ def ours(manifest: Manifest) -> Iterator[Tensor]:
     shuffle = Shuffle(0, BATCH, "wrap")
     steps = range(num_steps_per_epoch(len(reader), shuffle))
     rows = partial(plan, reader.sizes, shuffle, share=slice(0, BATCH), steps=steps)
-    yield from load_stages([*reading(rows, reader, config, 0.0), stack], WORKERS)
+    yield from run_stages([*reading(rows, reader, config, 0.0), stack], WORKERS)
 
 
 def stack(source: Iterator[Item]) -> Iterator[Tensor]:
@@ -91,8 +90,8 @@ def write_files(manifest: Manifest, folder: Path) -> None:
     """The train images as files below class folders, as ImageFolder wants them."""
     reader = ShardReader(manifest, "train")
     for number in range(len(reader)):
-        key, members = parse_members(reader.content(number))
-        label = reader.read(number).label
+        content = reader.content(number)
+        (key, members), label = parse_members(content), reader.decode(content).label
         name = manifest.classes[label] if isinstance(label, int) else "all"
         (folder / name).mkdir(parents=True, exist_ok=True)
         extension = next(e for e in members if e != "json")
@@ -108,8 +107,9 @@ def digest(batches: Iterator[Tensor]) -> str:
 def measure(candidates: dict[str, Callable[[], Iterator[Tensor]]], rounds: int) -> dict[str, list[float]]:
     """Samples a second of each candidate in each round."""
     rates: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
     for turn in range(rounds + 1):  # the first only warms the page cache
-        for name in sorted(candidates, key=lambda n: hash((turn, n)) if turn % 2 else len(n)):
+        for name in names if turn % 2 else reversed(names):  # neither first nor last favours anyone
             began, seen = time.perf_counter(), 0
             for batch in candidates[name]():
                 seen += len(batch)

@@ -71,7 +71,6 @@ def run_jobs(job: Job, number: int, workers: int, progress: Callable[[int], None
         UserError: raised by a job, or a worker was killed.
         RuntimeError: another error of a job, with its traceback.
     """
-    gc.freeze()  # what this process holds stays: no collector need look through it, and so copy it in forked workers
     workers = min(workers, number)
     if workers <= 1:
         _run_here(job, number, progress)
@@ -79,6 +78,7 @@ def run_jobs(job: Job, number: int, workers: int, progress: Callable[[int], None
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     following, done = context.Value("l", 0), context.RawArray("q", workers)
     alive: dict[int, tuple[BaseProcess, Connection]] = {}
+    gc.freeze()  # what this process holds stays: no collector need look through it, and so copy it in forked workers
     try:
         for index in range(workers):
             process, errors = _start(context, (job, number, following, done, index, os.getpid()))
@@ -93,6 +93,7 @@ def run_jobs(job: Job, number: int, workers: int, progress: Callable[[int], None
             process.terminate()
         for process, _ in alive.values():
             process.join()
+        gc.unfreeze()
 
 
 def _run_here(job: Job, number: int, progress: Callable[[int], None]) -> None:

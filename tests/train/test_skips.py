@@ -10,6 +10,8 @@ from tests.ranks import RankFailedError, run_ranks
 from tests.train.test_run import metrics, run, tiny_config
 from tracekin.data.manifest import Manifest
 from tracekin.data.order import Shuffle, epoch_order
+from tracekin.data.reader import Skipped
+from tracekin.train.skips import Skips
 
 
 @pytest.fixture
@@ -66,3 +68,17 @@ def test_a_missing_shard_counts_as_its_images(damaged: Manifest, tmp_path: Path)
     run_ranks(run, 1, config)
     named = [json.loads(line) for line in (config.run_folder / "skipped.jsonl").read_text().splitlines()]
     assert "missing" in {s["reason"] for s in named}
+
+
+def test_what_was_rolled_back_is_not_named_twice(tmp_path: Path) -> None:
+    def flush(step: int, *numbers: int) -> None:
+        skips = Skips(100, 1.0)
+        skips.fresh = [Skipped(number, "00ff", "train-000000.tar", 0, "checksum", "flipped") for number in numbers]
+        skips.flush(step, tmp_path)
+
+    flush(4, 1, 2)
+    flush(8, 3)
+    flush(12, 4)
+    flush(8, 3)  # the run went on from step 5 or so
+    named = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["number"]) for line in named] == [(4, 1), (4, 2), (8, 3)]

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import click
 import webdataset as wds
 
-from tracekin.config import DataConfig, UserError
-from tracekin.config import load as load_config
+from tracekin.config import DataConfig, UserError, load
 from tracekin.data.chance import random_words
 from tracekin.data.manifest import Manifest, read_manifest
 from tracekin.data.order import Shuffle, left_over, num_steps_per_epoch, plan, shuffle_of
 from tracekin.data.reader import ShardReader
-from tracekin.data.stream import Item, load, reading
+from tracekin.data.stream import Item, reading, run_stages
 
 STOPS = (0, 0, 4)
 """Place of the stops' random words in the counter space (order.py has the others)."""
@@ -116,7 +115,7 @@ def _read_world(
     for rank in range(size):
         rows = partial(plan, reader.sizes, shuffle, share=slice(rank * each, (rank + 1) * each), steps=steps)
         most_bad = config.max_bad_fraction * len(reader)
-        batches = load([*reading(rows, reader, config, most_bad), partial(_seen, each)], workers)
+        batches = run_stages([*reading(rows, reader, config, most_bad), partial(_seen, each)], workers)
         seen = list(islice(batches, 1))
         if began is not None and not rank and seen:
             report.first_batch.append(time.perf_counter() - began)
@@ -185,7 +184,7 @@ def main(manifest: str, split: str, global_batch: int, seed: int, overrides: tup
     is 0 if all three are zero, else 1.
     """
     try:
-        config = load_config(DataConfig, None, overrides)
+        config = load(DataConfig, None, overrides)
         shuffle = shuffle_of(config, seed, global_batch)
         report = audit(read_manifest(manifest), split, config, shuffle, **options)
     except UserError as error:

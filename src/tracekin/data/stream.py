@@ -77,7 +77,7 @@ def pretrain_batches(
     most_bad = config.max_bad_fraction * len(reader)
     stages = reading(rows, reader, config, most_bad, _least_side(config))
     stages += [partial(_random_views, config, resolve(config.augment), seed, views, (0,))]
-    return load(
+    return run_stages(
         [*stages, partial(collate, share.stop - share.start, Format(manifest, config.channels))], config.workers
     )
 
@@ -102,7 +102,7 @@ def evaluation_batches(
     reader = ShardReader(manifest, split, config)
     stages = reading(partial(in_order, range(len(reader)), batch, 0), reader, config, None)
     stages += [partial(_plain_views, config.image_size, config.channels)]
-    return load([*stages, partial(collate, batch, Format(manifest, config.channels))], workers)
+    return run_stages([*stages, partial(collate, batch, Format(manifest, config.channels))], workers)
 
 
 def augmented_batches(
@@ -142,7 +142,7 @@ def augmented_batches(
     epochs = range(0, draws * len(SPLITS), len(SPLITS))
     config = replace(config, augment_on="workers")
     stages += [partial(_random_views, config, resolve(config.augment), seed, 2, epochs)]
-    return load([*stages, partial(collate, batch, Format(manifest, config.channels))], workers)
+    return run_stages([*stages, partial(collate, batch, Format(manifest, config.channels))], workers)
 
 
 # The stages: each takes the iterator before it.
@@ -279,7 +279,7 @@ def _carry_errors(source: Iterator[Any]) -> Iterator[Any]:
         yield UserError(*error.args)
 
 
-def load(stages: list[Callable[..., Any]], workers: int) -> Iterator[Any]:
+def run_stages(stages: list[Callable[..., Any]], workers: int) -> Iterator[Any]:
     """Run the stages in this process or in ``workers`` loader processes, whose batches come back in turn.
 
     Raises:
