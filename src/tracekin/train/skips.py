@@ -39,6 +39,7 @@ class Skips:
             reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(s.reason for s in fresh).most_common())
             print(f"step {step}: {len(fresh)} unreadable images replaced ({reasons}); see {folder}/skipped.jsonl")
         if len(self.in_epoch) > self.most * self.count:
+            collectives.barrier()  # a rank that ends has the others killed: the log is written first
             raise _too_many(fresh, len(self.in_epoch), self.count)
 
     def end_epoch(self) -> None:
