@@ -9,6 +9,7 @@ new one.
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,16 @@ PARTS = ("model", "optimiser", "queue")
 _MEND = "Remove {} to go on from the checkpoint before."
 
 
-def save(run_folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
+def save(
+    run_folder: Path,
+    step: int,
+    parts: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    keep: int,
+    *,
+    passing: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> Path:
     """Write a checkpoint (one process calls this) and remove all but the ``keep`` newest.
 
     Args:
@@ -29,7 +39,9 @@ def save(run_folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state
         step: optimiser steps done.
         parts: tensors by name, for each of PARTS; the queue only where something is remembered.
         state: JSON values; stored with ``step``.
-        keep: checkpoints that stay.
+        keep: checkpoints that stay, passing ones not counted.
+        passing: it only carries the run over a stop, and goes when a later one is saved.
+        check: called right before the checkpoint appears; what it raises leaves everything as it was.
 
     Returns:
         The checkpoint's folder.
@@ -42,10 +54,16 @@ def save(run_folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state
     for part, content in parts.items():
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}
         save_file(tensors, partial / f"{part}.safetensors")
-    (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
+    state = {"step": step, **state} | ({"passing": True} if passing else {})
+    (partial / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     for file in partial.iterdir():
         _flush(file)
     _flush(partial)
+    try:
+        check()
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
     if final.exists():  # the same step, written by an earlier attempt that was rolled back
         shutil.rmtree(final)
     partial.rename(final)
@@ -54,12 +72,18 @@ def save(run_folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state
     _flush(pointer)
     pointer.rename(folder / "latest")
     _flush(folder)
-    for later in folder.glob("step-*"):
-        if later.name > final.name:  # of a future that was rolled back
-            shutil.rmtree(later)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    _prune(run_folder, final, keep)
     return final
+
+
+def _prune(run_folder: Path, newest: Path, keep: int) -> None:
+    for later in newest.parent.glob("step-*"):
+        if later.name > newest.name:  # of a future that was rolled back
+            shutil.rmtree(later)
+    lasting = complete(run_folder, lasting=True)[-keep:]
+    for old in newest.parent.glob("step-*"):
+        if old != newest and old not in lasting:
+            shutil.rmtree(old)
 
 
 def latest(run_folder: Path) -> Path | None:
@@ -75,10 +99,17 @@ def latest(run_folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def complete(run_folder: Path, up_to: Path | None = None) -> list[Path]:
-    """All complete checkpoints by ascending step, those after the checkpoint ``up_to`` left out."""
+def complete(run_folder: Path, up_to: Path | None = None, *, lasting: bool = False) -> list[Path]:
+    """All complete checkpoints by ascending step.
+
+    Args:
+        run_folder: the run's folder.
+        up_to: leave out those after this checkpoint.
+        lasting: leave out those that only carried the run over a stop.
+    """
     found = [path for path in sorted((run_folder / "checkpoints").glob("step-*")) if (path / "state.json").is_file()]
-    return [path for path in found if up_to is None or path.name <= up_to.name]
+    found = [path for path in found if up_to is None or path.name <= up_to.name]
+    return [path for path in found if not (lasting and load_state(path).get("passing"))]
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:

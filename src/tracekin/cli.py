@@ -1,11 +1,15 @@
 """The ``tracekin`` command. Thin: torch is imported only once the arguments have proved sound.
 
-Exit codes: 0 done, 1 program error, 2 the user's mistake, 130 interrupted.
+Exit codes: 0 done, 1 program error, 2 the user's mistake, 3 a newer start of the run took over, 75 try again (a signal
+asked for the end and all is saved, or another rank was lost), 130 interrupted.
 """
 
 import sys
 import textwrap
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,6 +17,8 @@ from tracekin import __version__
 from tracekin.config import Config, EvaluateConfig, InfluenceConfig, UserError, load
 
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+TRY_AGAIN = 75
+"""sysexits.h's EX_TEMPFAIL: the same command again goes on."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -24,7 +30,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("config")
 @OVERRIDES
-def pretrain(config: str, overrides: tuple[str, ...]) -> None:
+def pretrain(config: str, overrides: tuple[str, ...]) -> Any:
     """Pretrain as CONFIG (a YAML file) says; the same command again continues.
 
     One process: tracekin pretrain CONFIG. Several: torchrun --nproc-per-node N
@@ -41,7 +47,7 @@ def pretrain(config: str, overrides: tuple[str, ...]) -> None:
 
     from tracekin.train.loop import pretrain as run
 
-    run(loaded)
+    return run(loaded)
 
 
 @cli.command()
@@ -136,21 +142,52 @@ def _speaks_for_its_node() -> bool:
         return True
 
 
-def main() -> None:
-    """Entry point: one clear line and exit code 2 for a user's mistake, no traceback."""
+def call(arguments: Sequence[str]) -> tuple[int, Any]:
+    """Run a command line; returns its exit code and what the command returned.
+
+    One clear line for whatever is not a program error, which gets its traceback.
+    """
     try:
-        cli.main(prog_name="tracekin", standalone_mode=False)
+        outcome = cli.main(list(arguments), prog_name="tracekin", standalone_mode=False)
+        return (TRY_AGAIN if getattr(outcome, "preempted", "") else 0), outcome
     except UserError as error:
-        if _speaks_for_its_node():
-            print(f"tracekin: {error}", file=sys.stderr)
-        sys.exit(2)
+        _say(str(error))
+        return 2, None
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code, None
     except (KeyboardInterrupt, click.Abort):
-        if _speaks_for_its_node():
-            print("tracekin: interrupted; the same command again goes on from what is done.", file=sys.stderr)
-        sys.exit(130)
+        _say("interrupted; the same command again goes on from what is done.")
+        return 130, None
+    except Exception as error:
+        return _code_of(error), None
+
+
+def _code_of(error: Exception) -> int:
+    """The exit code of an error that is not the user's."""
+    if "torch" in sys.modules:
+        from tracekin.distributed.collectives import lost_a_rank
+        from tracekin.train.start import FencedError
+
+        if isinstance(error, FencedError):
+            _say(str(error))
+            return 3
+        if lost_a_rank(error):
+            traceback.print_exc()
+            _say("another process of this run was lost; the same command again goes on from the last checkpoint.")
+            return TRY_AGAIN
+    traceback.print_exc()
+    return 1
+
+
+def _say(line: str) -> None:
+    if _speaks_for_its_node():
+        print(f"tracekin: {line}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Entry point."""
+    sys.exit(call(sys.argv[1:])[0])
 
 
 if __name__ == "__main__":

@@ -228,12 +228,18 @@ class TrainConfig:
     """Steps between two lines of metrics.jsonl; each line averages the steps since the line before."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay on disk."""
+    check_every: int = 1
+    """Steps between two looks, of all ranks together, at whether a signal asks the run to save and stop."""
+    stop_seconds: float = 20.0
+    """Longest time from a signal to the saved checkpoint, `check_every` steps included. The launcher refuses a cluster
+    that kills sooner; a run that takes longer says so."""
     threads: int = 0
     """CPU threads a rank; 0 shares this machine's cores equally among its ranks."""
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "global_batch", "log_every", "keep_checkpoints"):
+        for key in ("epochs", "global_batch", "log_every", "keep_checkpoints", "check_every"):
             _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
+        _require(self.stop_seconds > 0, "train.stop_seconds", self.stop_seconds, "above 0")
         _require(self.threads >= 0, "train.threads", self.threads, "0 or more")
 
 

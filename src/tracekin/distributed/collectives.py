@@ -3,6 +3,7 @@
 Nothing here carries gradients: mined targets are stop-gradients, and the loss needs no gather.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tracekin.config import UserError
+
 TIMEOUT = timedelta(minutes=30)
+_LOST = re.compile(
+    "closed by peer|reset by peer|broken pipe|connection refused|no route to host|timed out|gloo|nccl|killed by signal",
+    re.IGNORECASE,
+)
 
 
 @dataclass
@@ -127,6 +134,32 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def open_host_group() -> Any:
+    """A group of all ranks whose collectives run on the host, so that no rank waits for its device. Collective."""
+    return dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size() > 1 else None
+
+
+def maximum(value: int, group: Any) -> int:
+    """The ranks' largest value; ``group`` is of ``open_host_group``."""
+    if world_size() == 1:
+        return value
+    box = torch.tensor([value])
+    dist.all_reduce(box, dist.ReduceOp.MAX, group)
+    return int(box)
+
+
+def lost_a_rank(error: BaseException | None) -> bool:
+    """Whether an error, or its cause, says that another process of the run went away or fell silent.
+
+    Gloo, NCCL and torch's loader tell it in words: ``torch.distributed`` has a type for it in some places only.
+    """
+    if error is None or isinstance(error, UserError):
+        return False
+    if isinstance(error, dist.DistNetworkError | dist.DistBackendError | dist.DistStoreError):
+        return True
+    return (isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))) or lost_a_rank(error.__cause__)
 
 
 def barrier() -> None:

@@ -67,14 +67,24 @@ def world_from_environment(environment: Mapping[str, str] | None = None) -> Worl
 def meeting_point(environment: Mapping[str, str] | None = None) -> tuple[str, int]:
     """Address and port where the ranks meet: MASTER_ADDR and MASTER_PORT, else the Slurm step's first node.
 
-    Under Slurm the port comes from the job's number, so that two jobs on one node do not meet each other.
+    Under Slurm the port comes from the job's number and its restarts, so that two jobs on one node, or a job and what is
+    left of its last start, do not meet each other.
     """
     env = os.environ if environment is None else environment
     alone = env.get("SLURM_STEP_NUM_NODES", "1") == "1"  # then no name needs to be resolved
     nodes = "127.0.0.1" if alone else env["SLURM_STEP_NODELIST"]
     job = int(env.get("SLURM_JOB_ID", "0")) + int(env.get("SLURM_STEP_ID", "0"))
-    port = env.get("MASTER_PORT") or str(20000 + job % 10000)
+    port = env.get("MASTER_PORT") or str(20000 + (job + 1009 * this_start(env)[1]) % 10000)
     return env.get("MASTER_ADDR") or first_node(nodes), int(port)
+
+
+def this_start(environment: Mapping[str, str] | None = None) -> tuple[str, int]:
+    """Slurm's name of this job (``12``, or ``12_3`` in an array; empty without Slurm) and how often it was restarted."""
+    env = os.environ if environment is None else environment
+    job = env.get("SLURM_JOB_ID", "")
+    if "SLURM_ARRAY_JOB_ID" in env:
+        job = f"{env['SLURM_ARRAY_JOB_ID']}_{env.get('SLURM_ARRAY_TASK_ID', '0')}"
+    return job, int(env.get("SLURM_RESTART_COUNT", "0"))
 
 
 def first_node(nodes: str) -> str:

@@ -3,9 +3,10 @@
 import json
 import math
 import os
+import platform
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,36 +28,53 @@ from tracekin.train.checks import check_run
 from tracekin.train.engine import build_engine, load_optimiser_tensors, optimiser_tensors, preflight, set_lr
 from tracekin.train.miner import Miner
 from tracekin.train.optimiser import peak_lr
+from tracekin.train.preemption import Flag, signals_raise_a_flag
 from tracekin.train.record import gallery_pairs, line, measure
 from tracekin.train.schedule import lr_at
 from tracekin.train.skips import Skips
+from tracekin.train.start import Start
 from tracekin.train.step import Losses, train_step
 
 NUM_GALLERY = 24
 
 
-def pretrain(config: Config) -> Path:
-    """Train to the last epoch, from the newest checkpoint of the run folder if there is one. Returns the run folder.
+class Outcome(NamedTuple):
+    """How a start of a run ended."""
+
+    preempted: str
+    """The signal that asked for the end, ``USR2`` or ``TERM``; empty for a run that is finished."""
+    step: int
+    """Steps done, and saved."""
+
+
+def pretrain(config: Config) -> Outcome:
+    """Train to the last epoch, from the newest checkpoint of the run folder if there is one.
+
+    On USR2 or TERM all ranks save at the same step and return: the caller decides what becomes of the job.
 
     Raises:
         UserError: anything that check_run or preflight find wrong.
         FloatingPointError: the loss is no longer finite.
+        FencedError: a newer start of this run has taken over the run folder.
     """
     world = world_from_environment()
     manifest = read_manifest(config.data.manifest, complete=False)
     check_run(config, manifest, world)
     device = _claim_device(config, world)
     preflight(device)
-    with process_group(world, device):
-        _Run(config, manifest, world, device).train()
-    return config.run_folder
+    start = Start(config.run_folder, world)
+    with signals_raise_a_flag() as flag, start.guarded(), process_group(world, device):
+        return _Run(config, manifest, world, device, start, flag).train()
 
 
 class _Run:
     """The objects that live as long as the run."""
 
-    def __init__(self, config: Config, manifest: Manifest, world: World, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, manifest: Manifest, world: World, device: torch.device, start: Start, flag: Flag
+    ) -> None:
         self.config, self.manifest, self.world, self.device = config, manifest, world, device
+        self.start, self.flag = start, flag
         self.folder = config.run_folder
         self.shuffle = shuffle_of(config.data, config.seed, config.train.global_batch)
         self.steps_per_epoch = num_steps_per_epoch(manifest.count("train"), self.shuffle)
@@ -65,6 +83,8 @@ class _Run:
         online = Online(config.model, config.data.channels, config.train.precision == "bf16").to(device)
         self.target = Target(online)
         self.step = 0
+        if world.is_main:
+            start.take()  # before looking for a checkpoint: an older start adds none from here on
         found = collectives.broadcast_object(checkpoint.latest(self.folder))  # every rank goes on from the same one
         if found is not None:
             online.load_state_dict(checkpoint.load_model(found, "online."))
@@ -86,23 +106,32 @@ class _Run:
         self.skips = Skips(manifest.count("train"), config.data.max_bad_fraction)
         # Gathered once: it asks git, which no checkpoint should wait for.
         self.facts = environment(world.size, device, config.train.zero_stage) if world.is_main else {}
+        self.slowest_stop = config.train.stop_seconds
 
-    def train(self) -> None:
+    def train(self) -> Outcome:
         if self.step >= self.num_steps:
             self._say(f"{self.folder} is finished: {self.step} of {self.num_steps} steps. Nothing to do.")
-            return
+            return Outcome("", self.step)
         self._say(self._headline())
         sinks = self._open_folder()
         progress = Progress(self.num_steps, self.step) if self.world.is_main else None
         began = time.perf_counter()
         try:
-            self._loop(sinks, progress)
+            stop = self._loop(sinks, progress)
         finally:
             for closable in [*sinks, *([progress] if progress else [])]:
                 closable.close()
-        self._say(f"{self.folder}: done in {time.perf_counter() - began:.0f} s; next: tracekin evaluate {self.folder}")
+        if self.world.is_main:
+            self.start.log("end", outcome="preempted" if stop else "finished", cause=stop, step=self.step)
+        seconds = time.perf_counter() - began
+        if stop:
+            self._say(f"{self.folder}: {stop} came; saved step {self.step} of {self.num_steps} after {seconds:.0f} s")
+        else:
+            self._say(f"{self.folder}: done in {seconds:.0f} s; next: tracekin evaluate {self.folder}")
+        return Outcome(stop, self.step)
 
-    def _loop(self, sinks: list[Any], progress: Progress | None) -> None:
+    def _loop(self, sinks: list[Any], progress: Progress | None) -> str:
+        """Train to the end, or to the step at which the ranks agree on a signal; returns its name, or ``""``."""
         config = self.config
         steps = range(self.step, self.num_steps)
         batches = iter(
@@ -123,9 +152,12 @@ class _Run:
             self.step = step + 1
             if progress:
                 progress.update()
+            stop = self.flag.agreed() if self.step % config.train.check_every == 0 else ""
             end_of_epoch = self.step % self.steps_per_epoch == 0
-            if not end_of_epoch and self.step % config.train.log_every:
+            if not end_of_epoch and not stop and self.step % config.train.log_every:
                 continue
+            if self.world.is_main:
+                self.start.check()
             record = self._record(losses, schedule, time.perf_counter() - began, self.step - first)
             if record["skipped"]:
                 self.skips.flush(self.step, self.folder if self.world.is_main else None)
@@ -137,8 +169,24 @@ class _Run:
                 raise FloatingPointError(f"the loss is {record['loss']} at step {self.step}; the run stops here.")
             if end_of_epoch:
                 self.skips.end_epoch()
-                self._save(losses, schedule["lr"])
+            if end_of_epoch or stop:
+                ended = time.perf_counter()
+                self._save(losses, schedule["lr"], passing=not end_of_epoch)
+                self._time_a_stop((ended - began) / (self.step - first), time.perf_counter() - ended)
+            if stop and self.step < self.num_steps:
+                return stop
             began, first = time.perf_counter(), self.step
+        return ""
+
+    def _time_a_stop(self, step_seconds: float, save_seconds: float) -> None:
+        """Say so where a signal would have taken longer to obey than any before, and than the launcher was told."""
+        needed = self.config.train.check_every * step_seconds + save_seconds
+        if needed > self.slowest_stop:
+            self.slowest_stop = needed
+            self._say(
+                f"a stop would take {needed:.0f} s ({self.config.train.check_every} steps of {step_seconds:.1f} s, save"
+                f" {save_seconds:.1f} s), more than train.stop_seconds={self.config.train.stop_seconds:g}: raise it."
+            )
 
     def _one_step(self, batches: Any, step: int) -> tuple[Losses, dict[str, float]]:
         config, mining = self.config, self.config.mining
@@ -173,15 +221,16 @@ class _Run:
         return {
             "step": self.step,
             "epoch": (self.step - 1) // self.steps_per_epoch,
+            "time": round(time.time(), 1),
             **schedule,
             "images_per_second": self.config.train.global_batch * steps / seconds,
             **line(self.meter, losses, self.clock.flush(), traffic, steps, seconds),
         }
 
-    def _save(self, losses: Losses, lr: float) -> None:
-        """Checkpoint and gallery; collective, because ZeRO's optimiser state lies on all ranks."""
+    def _save(self, losses: Losses, lr: float, *, passing: bool) -> None:
+        """Checkpoint and, at the end of an epoch, gallery; collective: ZeRO's optimiser state lies on all ranks."""
         optimiser = optimiser_tensors(self.engine)
-        pairs = gallery_pairs(losses.found, NUM_GALLERY) if losses.found else None
+        pairs = gallery_pairs(losses.found, NUM_GALLERY) if losses.found and not passing else None
         if self.world.is_main:
             networks = {"online": self.engine.module, "target": self.target}
             model = {f"{name}.{key}": t for name, net in networks.items() for key, t in net.state_dict().items()}
@@ -194,11 +243,12 @@ class _Run:
                 "config": to_dict(self.config),
                 "environment": self.facts,
             }
-            checkpoint.save(self.folder, self.step, parts, state, self.config.train.keep_checkpoints)
+            keep = self.config.train.keep_checkpoints
+            checkpoint.save(self.folder, self.step, parts, state, keep, passing=passing, check=self.start.check)
             if pairs is not None:
                 content = {"step": self.step, "dataset": self.manifest.fingerprint(), "pairs": pairs}
                 write_text(self.folder / "gallery.json", json.dumps(content) + "\n")
-        if self.miner.history:
+        if self.miner.history and not passing:
             self.miner.history.remember(self.engine.module, self.target, lr)
         collectives.barrier()
 
@@ -207,7 +257,7 @@ class _Run:
         if self.miner.queue:
             self.miner.queue.load(checkpoint.load_part(found, "queue"), self.device)
         if self.miner.history:
-            last = checkpoint.complete(self.folder, up_to=found)[-self.config.mining.checkpoints :]
+            last = checkpoint.complete(self.folder, up_to=found, lasting=True)[-self.config.mining.checkpoints :]
             for path in collectives.broadcast_object(last):
                 rate = checkpoint.load_state(path)["lr"]
                 online, target = self.miner.history.remember(self.engine.module, self.target, rate)
@@ -217,9 +267,9 @@ class _Run:
     def _open_folder(self) -> list[Any]:
         if not self.world.is_main:
             return []
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "config.yaml", to_yaml(self.config))
         write_text(self.folder / "environment.json", json.dumps(self.facts, indent=1) + "\n")
+        self.start.log("start", step=self.step, total=self.num_steps, ranks=self.world.size, host=platform.node())
         sent = to_dict(self.config)  # to W&B: no path of this machine
         del sent["folder"]
         sent["data"]["manifest"] = self.manifest.name

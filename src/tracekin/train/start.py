@@ -1,0 +1,89 @@
+"""One start of a run: its lease on the run folder, and its lines in starts.jsonl.
+
+After a lost node Slurm may start a run elsewhere while its old processes still compute. The newest start holds the
+lease; whoever finds another's name in it writes nothing more.
+"""
+
+import json
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tracekin.config import UserError
+from tracekin.distributed.collectives import lost_a_rank
+from tracekin.distributed.world import World, this_start
+from tracekin.files import write_text
+
+
+class FencedError(RuntimeError):
+    """A newer start of the run holds the run folder."""
+
+
+class Start:
+    """This process's part in one start of a run; rank 0 takes the lease and checks it before whatever it writes."""
+
+    def __init__(self, folder: Path, world: World) -> None:
+        self.folder, self.world = folder, world
+        self.job, self.restart = this_start()
+        self.token = secrets.token_hex(8)
+        self.taken = False
+
+    def take(self) -> None:
+        """Make the folder, if need be, and take the lease from whoever held it. Rank 0 alone calls this."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lease = {"job": self.job, "restart": self.restart, "token": self.token}
+        write_text(self.folder / "lease.json", json.dumps(lease) + "\n")
+        self.taken = True
+
+    def held(self) -> bool:
+        """Whether the lease is still this start's; False too where the folder is gone."""
+        try:
+            return bool(json.loads((self.folder / "lease.json").read_text(encoding="utf-8"))["token"] == self.token)
+        except (OSError, ValueError):
+            return False
+
+    def check(self) -> None:
+        """Call before writing into the run folder.
+
+        Raises:
+            FencedError: the lease was taken by another start.
+        """
+        if not self.held():
+            raise FencedError(
+                f"{self.folder} was taken over by a newer start of this run (its lease.json says which);"
+                " this one wrote nothing more and ends."
+            )
+
+    def log(self, event: str, **facts: Any) -> None:
+        """Append a line to starts.jsonl."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        line = {"event": event, "job": self.job, "restart": self.restart, "time": now, **facts}
+        with (self.folder / "starts.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Log how the block ends where it does not end well; a fenced start's errors are a FencedError.
+
+        What all ranks find wrong alike, and that a rank was lost, rank 0 says; another error its own rank.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self.taken and not self.held():
+                if isinstance(error, FencedError):
+                    raise
+                raise FencedError(f"{self.folder} was taken over by a newer start of this run.") from error
+            lost = lost_a_rank(error)
+            if self.folder.is_dir() and (self.world.is_main or not (lost or isinstance(error, UserError))):
+                outcome = "interrupted" if isinstance(error, KeyboardInterrupt) else "lost" if lost else "failed"
+                self.log("end", outcome=outcome, cause=_in_one_line(error), rank=self.world.rank)
+            raise
+
+
+def _in_one_line(error: BaseException) -> str:
+    said = " ".join(str(error).split())
+    return said[:500] if isinstance(error, UserError) else f"{type(error).__name__}: {said}"[:500]

@@ -1,0 +1,135 @@
+"""A signal ends a run on all ranks at one step, saved; who continues ends as if unbroken; who lost the lease is fenced."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.tiny import make_dataset
+from tests.ranks import RankFailedError, run_ranks
+from tests.train.test_run import assert_same_end, run, tiny_config
+from tests.train.tiny_run import tiny_backbone
+from tracekin import checkpoint
+from tracekin.config import Config, UserError
+from tracekin.distributed.collectives import lost_a_rank
+from tracekin.distributed.world import World, this_start
+from tracekin.train.start import FencedError, Start
+
+EVERY_STEP = ("train.log_every=1",)
+
+
+def at_step(step: int, action: Any) -> Any:
+    """A train_step that acts before the given step."""
+    from tracekin.train import loop
+
+    original = loop.train_step
+
+    def stepping(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["step"] == step:
+            action()
+        return original(*args, **kwargs)
+
+    return stepping
+
+
+def run_with(rank: int, config: Config, actions: dict[int, tuple[int, Any]]) -> tuple[str, int, list[Any]]:
+    """A run in which ranks act at a step: {rank: (step, signal number or callable)}; its outcome and the handlers."""
+    from tracekin.train import loop
+
+    if rank in actions:
+        step, action = actions[rank]
+        act = action if callable(action) else lambda: os.kill(os.getpid(), action)
+        loop.train_step = at_step(step, act)
+    before = [signal.getsignal(s) for s in (signal.SIGUSR2, signal.SIGTERM)]
+    with tiny_backbone():
+        outcome = loop.pretrain(config)
+    return outcome.preempted, outcome.step, [signal.getsignal(s) == b for s, b in zip((12, 15), before, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """An unbroken run of two ranks, 4 epochs of 3 steps, whose mining remembers checkpoints."""
+    folder = tmp_path_factory.mktemp("whole")
+    make_dataset(folder / "data", train=50, val=10, test=10)
+    config = tiny_config(folder, *EVERY_STEP, "mining.policy=tracin_cp", "mining.warmup=0", "train.keep_checkpoints=2")
+    run_ranks(run, 2, config)
+    return config
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(
+    whole: Config, tmp_path: Path, number: signal.Signals
+) -> None:
+    config = replace(whole, folder=str(tmp_path))
+    outcomes = run_ranks(run_with, 2, config, {1: (6, int(number))})  # in the middle of the third epoch, to rank 1
+    assert outcomes == [(number.name.removeprefix("SIG"), 7, [True, True])] * 2
+    newest = checkpoint.latest(config.run_folder)
+    assert newest is not None
+    assert newest.name == "step-00000007"
+    assert [p.name[-2:] for p in checkpoint.complete(config.run_folder)] == ["03", "06", "07"]
+
+    assert run_ranks(run_with, 2, config, {}) == [("", 12, [True, True])] * 2
+    assert_same_end(whole, config)
+    assert [p.name[-2:] for p in checkpoint.complete(config.run_folder)] == ["09", "12"]  # the passing one is gone
+    starts = [json.loads(line) for line in (config.run_folder / "starts.jsonl").read_text().splitlines()]
+    assert [(s["event"], s["step"], s.get("outcome"), s.get("cause")) for s in starts] == [
+        ("start", 0, None, None),
+        ("end", 7, "preempted", number.name.removeprefix("SIG")),
+        ("start", 7, None, None),
+        ("end", 12, "finished", ""),
+    ]
+
+
+def test_ranks_look_for_signals_every_so_many_steps(whole: Config, tmp_path: Path) -> None:
+    config = replace(whole, folder=str(tmp_path), train=replace(whole.train, check_every=4))
+    assert run_ranks(run_with, 2, config, {0: (0, int(signal.SIGTERM))})[0][:2] == ("TERM", 4)
+
+
+def test_whose_lease_was_taken_writes_nothing_more(whole: Config, tmp_path: Path) -> None:
+    config = replace(whole, folder=str(tmp_path))
+    taken = Start(config.run_folder, World())
+
+    with pytest.raises(RankFailedError, match="taken over by a newer start"):
+        run_ranks(run_with, 1, config, {0: (4, taken.take)})
+    left = [json.loads(line)["step"] for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert left == [1, 2, 3, 4]  # step 5 was computed, and not written
+    assert taken.held()
+    events = [json.loads(line)["event"] for line in (config.run_folder / "starts.jsonl").read_text().splitlines()]
+    assert events == ["start"]
+
+
+def test_a_checkpoint_does_not_appear_once_the_lease_is_lost(tmp_path: Path) -> None:
+    first, second = Start(tmp_path, World()), Start(tmp_path, World())
+    first.take()
+    checkpoint.save(tmp_path, 1, {}, {}, 2, check=first.check)
+    second.take()
+    with pytest.raises(FencedError):
+        checkpoint.save(tmp_path, 2, {}, {}, 2, check=first.check)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()] == ["step-00000001"]
+    (tmp_path / "lease.json").unlink()
+    assert not second.held()
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:4"), True),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (FloatingPointError("the loss is nan"), False),
+        (UserError("https://x: timed out"), False),
+    ],
+)
+def test_only_a_lost_process_is_worth_another_try(error: Exception, lost: bool) -> None:
+    assert lost_a_rank(error) is lost
+
+
+def test_slurms_name_of_a_start() -> None:
+    assert this_start({}) == ("", 0)
+    assert this_start({"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "2"}) == ("12", 2)
+    array = {"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
+    assert this_start(array) == ("12_3", 0)
