@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tracekin.config import UserError
+from tracekin.config import EvaluateConfig, UserError
 from tracekin.evaluate.metrics import METRICS, paired_difference
-from tracekin.evaluate.run import PROBES
 
 Json = dict[str, Any]
+PROBES = ("knn", "linear")  # as an evaluation names them; its own module, run.py, imports torch
 BASELINES = ("pixels", "untrained")
 # Student's t, 97.5 %, for 1 to 9 degrees of freedom; MAX_BLOCKS blocks need no more.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -41,7 +41,7 @@ def collect(run_folders: Sequence[Path]) -> Json:
     for folder, evaluation, lines in zip(run_folders, found, metrics, strict=True):
         own = next(row for row in evaluation["rows"] if row["method"] == evaluation["method"])
         facts = {key: evaluation[key] for key in ("run", "seed", "step")}
-        rows.append(_flat(own) | facts | rates(lines) | _differences(folder, evaluation, run_folders, found))
+        rows.append(flat_row(own) | facts | rates(lines) | _differences(folder, evaluation, run_folders, found))
     _label(rows)
     return {
         **{key: common([e.get(key) for e in environments]) for key in ("world_size", "engine", "zero_stage")},
@@ -49,7 +49,7 @@ def collect(run_folders: Sequence[Path]) -> Json:
         "dataset": first["dataset"],
         "images": sum(first["images"].values()),
         "rows": rows,
-        "metric": _metric(first),
+        "metric": metric_of(first),
         "task": first["task"],
         "images_by_split": first["images"],
         "split": first["split"],
@@ -98,6 +98,36 @@ def read_evaluation(run_folder: Path) -> Json:
     return newest
 
 
+def find_evaluation(run_folder: Path, config: EvaluateConfig, manifest: str) -> Json | None:
+    """The run's evaluation with these settings on this manifest, of the latest step; None if there is none.
+
+    Args:
+        run_folder: the run's folder.
+        config: settings of the evaluation; those that do not alter scores, such as ``batch``, may differ.
+        manifest: the run's own, which ``config.manifest`` precedes.
+    """
+
+    def matches(evaluation: Json) -> bool:
+        knn, linear = evaluation["rows"][0]["knn"], evaluation["rows"][0]["linear"]
+        methods = {row["method"] for row in evaluation["rows"]}
+        return (
+            _place(evaluation["manifest"]) == _place(config.manifest or manifest)
+            and evaluation["split"] == config.split
+            and (knn["k"], knn["temperature"]) == (config.knn_k, config.knn_temperature)
+            and list(linear["grid"]) == list(config.linear_c)
+            and evaluation["bootstrap"]["replicates"] == config.bootstrap
+            and evaluation["bootstrap"]["seed"] == config.seed
+            and (not config.baselines or methods.issuperset(BASELINES))
+        )
+
+    found = [
+        (content, file.stat().st_mtime_ns)
+        for file in (run_folder / "evaluations").glob("*.json")
+        if matches(content := json.loads(file.read_text(encoding="utf-8")))
+    ]
+    return max(found, key=lambda item: (item[0]["step"], item[1]))[0] if found else None
+
+
 def read_metrics(run_folder: Path) -> list[Json]:
     """Lines of metrics.jsonl by ascending step; of a step that a resumed run repeated, the last."""
     path = run_folder / "metrics.jsonl"
@@ -122,9 +152,17 @@ def common(values: Sequence[Any]) -> Any:
     return values[0] if all(value == values[0] for value in values) else None
 
 
-def _metric(evaluation: Json) -> str:
+def metric_of(evaluation: Json) -> str:
     """The score by which methods are compared."""
     return "macro_auc" if evaluation["task"] == "multilabel" else "balanced_accuracy"
+
+
+def _place(manifest: str) -> str:
+    """A manifest's folder or URL: the same whether manifest.json or its folder was named."""
+    if "://" in manifest:
+        return manifest
+    path = Path(manifest).absolute()
+    return str(path.parent if path.name == "manifest.json" else path)
 
 
 def _check_comparable(run_folders: Sequence[Path], found: Sequence[Json]) -> None:
@@ -152,13 +190,13 @@ def _baseline_rows(found: Sequence[Json]) -> list[Json]:
     rows: list[Json] = []
     for evaluation in found:
         for row in evaluation["rows"]:
-            flat = _flat(row) | {"seed": None if row["method"] == "pixels" else evaluation["seed"]}
+            flat = flat_row(row) | {"seed": None if row["method"] == "pixels" else evaluation["seed"]}
             if row["method"] in BASELINES and flat not in rows:
                 rows.append(flat)
     return sorted(rows, key=lambda row: BASELINES.index(row["method"]))
 
 
-def _flat(row: Json) -> Json:
+def flat_row(row: Json) -> Json:
     """A row of an evaluation as a row of the summary, with every key that one may have."""
     flat: Json = {"method": row["method"], "run": None, "seed": None, "step": None}
     for probe in PROBES:
@@ -177,7 +215,9 @@ def _differences(folder: Path, evaluation: Json, run_folders: Sequence[Path], fo
     mine = _predictions(folder, evaluation)
     result: Json = {"over_baseline": None, "over_none": None}
     baselines = [row for row in evaluation["rows"] if row["method"] in BASELINES]
-    scored = [(estimate["value"], row["method"]) for row in baselines if (estimate := row["knn"][_metric(evaluation)])]
+    scored = [
+        (estimate["value"], row["method"]) for row in baselines if (estimate := row["knn"][metric_of(evaluation)])
+    ]
     if scored:
         result["over_baseline"] = _paired(evaluation, mine, evaluation["method"], mine, max(scored)[1])
     plain = [
@@ -205,7 +245,7 @@ def _paired(
         second[f"{other}.knn"],
         first["label"],
         first["group"],
-        metric=_metric(evaluation),
+        metric=metric_of(evaluation),
         multilabel=evaluation["task"] == "multilabel",
         replicates=evaluation["bootstrap"]["replicates"],
         seed=evaluation["bootstrap"]["seed"],
