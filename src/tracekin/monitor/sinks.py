@@ -37,30 +37,7 @@ class WeightsAndBiases:
 
     def __init__(self, config: MonitorConfig, run_folder: Path, name: str, settings: dict[str, Any]) -> None:
         """``settings`` are sent: the caller leaves out what must not leave the machine."""
-        os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb
-
-        id_file = run_folder / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(8) + "\n", encoding="ascii")
-        self.run = wandb.init(
-            project=config.project,
-            name=name,
-            id=id_file.read_text(encoding="ascii").strip(),
-            dir=run_folder,
-            mode=config.wandb,
-            resume="allow",
-            config=settings,
-            # No host name, user, program source or package list of a hospital's machine leaves with the metrics.
-            settings=wandb.Settings(
-                console="off",
-                disable_git=True,
-                disable_code=True,
-                x_disable_meta=True,
-                x_disable_machine_info=True,
-                x_save_requirements=False,
-            ),
-        )
+        self.run = _open_run(config, run_folder, name, settings)
         # After a rollback W&B drops lines whose own step went backwards; against our step they stay.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
@@ -70,6 +47,52 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self.run.finish(exit_code=1 if sys.exc_info()[0] else 0)  # closed while an error passes: not a finished run
+
+
+def log_table(folder: Path, monitor: MonitorConfig, name: str, header: list[str], rows: list[list[Any]]) -> None:
+    """Log ``rows`` as the W&B table "table" of the one W&B run of ``folder``; does nothing when W&B is disabled.
+
+    Called again, it replaces the table shown. A column may mix numbers and text, as a failed element's row does.
+    """
+    if monitor.wandb == "disabled":
+        return
+    # Offline, the table's file is staged here until launch.sync pushes it; by default that is the home of this machine.
+    os.environ.setdefault("WANDB_DATA_DIR", str((folder / "wandb").resolve()))
+    run = _open_run(monitor, folder, name, {})
+    import wandb
+
+    try:
+        run.log({"table": wandb.Table(columns=header, data=rows, allow_mixed_types=True)})
+    finally:
+        run.finish(exit_code=1 if sys.exc_info()[0] else 0)
+
+
+def _open_run(config: MonitorConfig, folder: Path, name: str, settings: dict[str, Any]) -> Any:
+    """The W&B run whose id lies in ``folder``, made on the first call; ``settings`` are sent as its config."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    id_file = folder / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(8) + "\n", encoding="ascii")
+    return wandb.init(
+        project=config.project,
+        name=name,
+        id=id_file.read_text(encoding="ascii").strip(),
+        dir=folder,
+        mode=config.wandb,
+        resume="allow",
+        config=settings,
+        # No host name, user, program source or package list of a hospital's machine leaves with the metrics.
+        settings=wandb.Settings(
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            x_disable_meta=True,
+            x_disable_machine_info=True,
+            x_save_requirements=False,
+        ),
+    )
 
 
 def open_sinks(
