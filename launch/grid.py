@@ -216,10 +216,9 @@ def _matches(point: Assignment, entry: Assignment) -> bool:
 
 
 def _resolve(sweep: SweepConfig, points: Sequence[Assignment]) -> list[Config]:
-    """The config of each combination.
+    """The config of each combination, put together from values that are known.
 
-    Loading takes a tenth of a second, so it is done only where a value is met first, to have it checked and converted;
-    thousands of elements are put together from the values that are known.
+    Loading takes a tenth of a second, so only where a value is met first: to have it checked and converted.
     """
     load(Config, sweep.config)  # what is wrong with it alone is said without an element
     configs: list[Config] = []
@@ -287,7 +286,7 @@ def _label(point: Assignment) -> str:
 
 
 def _short(key: str, value: Any) -> str:
-    """A value's part of a name: a text alone (of a path the last part), anything else after the last part of its key."""
+    """A value's part of a name: a text alone (a path's last part), anything else after the last part of its key."""
     text = _text(value)
     if isinstance(value, str):
         path = Path(value)
