@@ -5,6 +5,7 @@
 
 import datetime
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,11 @@ def num_steps(run_folder: Path) -> int | None:
 
 
 def is_finished(run_folder: Path) -> bool:
-    """Whether the newest checkpoint is that of the last step."""
+    """Whether the newest checkpoint is that of the last step; who knows no last step takes the run's own word."""
     total = num_steps(run_folder)
-    return total is not None and last_step(run_folder) >= total
+    if total is not None:
+        return last_step(run_folder) >= total
+    return any(line.get("outcome") == "finished" for line in starts(run_folder)[-1:])
 
 
 def find_runs(root: Path) -> list[Path]:
@@ -68,15 +71,20 @@ def find_runs(root: Path) -> list[Path]:
         folder = waiting.pop()
         if (folder / SUBMISSIONS).is_file():
             found.append(folder)
-            if (folder / "config.yaml").is_file() or (folder / "launch" / "config.yaml").is_file():
-                continue  # a run: checkpoints and snapshots are no runs
+        if (folder / "config.yaml").is_file() or (folder / "launch" / "config.yaml").is_file():
+            continue  # a run: nothing below it is one
         waiting += _folders(folder)
     return sorted(found)
 
 
 def _folders(folder: Path) -> list[Path]:
     try:
-        return [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink() and path.name != "launch"]
+        with os.scandir(folder) as entries:
+            return [
+                folder / entry.name
+                for entry in entries
+                if entry.is_dir(follow_symlinks=False) and entry.name != "launch" and not entry.name.startswith("code-")
+            ]
     except OSError:
         return []
 

@@ -39,7 +39,7 @@ class Info(NamedTuple):
     reason: str
     """Why it waits (``Priority``, ``DependencyNeverSatisfied``) or why it ended."""
     elapsed: str
-    """``[DAYS-]HH:MM:SS`` since its last start."""
+    """Since its last start: ``1-02:03:04``, ``02:03:04`` or ``3:04``."""
 
 
 def command(words: Sequence[str], slurm_conf: str = "") -> str:
@@ -71,6 +71,11 @@ def jobs(ids: Collection[str], slurm_conf: str = "") -> dict[str, Info]:
         for info in _queued(wanted, slurm_conf):
             known = found.get(info.job)
             found[info.job] = info._replace(exit_code=known.exit_code) if known else info
+    # An element cancelled before it ever started leaves no trace in either, while its array is remembered.
+    arrays = {job.partition("_")[0] for job in found if "_" in job}
+    for job in ids:
+        if "_" in job and job not in found and job.partition("_")[0] in arrays:
+            found[job] = Info(job, "CANCELLED", "0:0", 0, "", "", "")
     return {job: found[job] for job in ids if job in found}
 
 
@@ -93,7 +98,7 @@ def partitions(slurm_conf: str = "") -> list[str]:
 
 def nodes_of(name: str, slurm_conf: str = "") -> list[dict[str, Any]]:
     """A partition's nodes: ``name``, ``cpus``, ``memory`` (MB), ``gpus`` and ``state`` of each."""
-    words = ["sinfo", "--all", "--noheader", "--Node", f"--partition={name}", "--format=%N|%c|%m|%T|%G"]
+    words = ["sinfo", "--noheader", "--Node", f"--partition={name}", "--format=%N|%c|%m|%T|%G"]
     rows = (line.split("|", 4) for line in command(words, slurm_conf).splitlines() if line.strip())
     return [
         {"name": node, "cpus": int(cpus), "memory": int(memory), "gpus": _num_gpus(gres), "state": state}
