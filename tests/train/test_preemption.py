@@ -1,4 +1,4 @@
-"""A signal ends a run on all ranks at one step, saved; who continues ends as if unbroken; who lost the lease is fenced."""
+"""A signal ends a run on all ranks at one step, saved; it goes on as if unbroken; who lost the lease writes nothing."""
 
 import json
 import os

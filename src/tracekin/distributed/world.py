@@ -67,8 +67,8 @@ def world_from_environment(environment: Mapping[str, str] | None = None) -> Worl
 def meeting_point(environment: Mapping[str, str] | None = None) -> tuple[str, int]:
     """Address and port where the ranks meet: MASTER_ADDR and MASTER_PORT, else the Slurm step's first node.
 
-    Under Slurm the port comes from the job's number and its restarts, so that two jobs on one node, or a job and what is
-    left of its last start, do not meet each other.
+    Under Slurm the port comes from the job's number and its restarts: two jobs on one node, or a job and what is left of
+    its last start, do not meet.
     """
     env = os.environ if environment is None else environment
     alone = env.get("SLURM_STEP_NUM_NODES", "1") == "1"  # then no name needs to be resolved
@@ -79,7 +79,7 @@ def meeting_point(environment: Mapping[str, str] | None = None) -> tuple[str, in
 
 
 def this_start(environment: Mapping[str, str] | None = None) -> tuple[str, int]:
-    """Slurm's name of this job (``12``, or ``12_3`` in an array; empty without Slurm) and how often it was restarted."""
+    """Slurm's name of this job (``12``, or ``12_3`` in an array; empty without Slurm), and how often it restarted."""
     env = os.environ if environment is None else environment
     job = env.get("SLURM_JOB_ID", "")
     if "SLURM_ARRAY_JOB_ID" in env:

@@ -39,8 +39,14 @@ def cpu_name() -> str:
 
 
 def git_sha() -> str | None:
-    """The checkout's commit, with ``-dirty`` if tracked files differ from it; None outside a checkout."""
+    """The checkout's commit, with ``-dirty`` if tracked files differ from it; None outside a checkout.
+
+    A snapshot of launch/snapshot.py has it in its file REVISION: git would tell what the checkout is at by now.
+    """
     here = Path(__file__).parent
+    frozen = here.parents[2] / "REVISION"
+    if frozen.is_file():
+        return frozen.read_text(encoding="ascii").strip()
     try:
         run = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty"], cwd=here, capture_output=True, text=True

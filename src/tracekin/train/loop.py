@@ -269,7 +269,7 @@ class _Run:
             return []
         write_text(self.folder / "config.yaml", to_yaml(self.config))
         write_text(self.folder / "environment.json", json.dumps(self.facts, indent=1) + "\n")
-        self.start.log("start", step=self.step, total=self.num_steps, ranks=self.world.size, host=platform.node())
+        self.start.log("start", step=self.step, steps=self.num_steps, ranks=self.world.size, host=platform.node())
         sent = to_dict(self.config)  # to W&B: no path of this machine
         del sent["folder"]
         sent["data"]["manifest"] = self.manifest.name
