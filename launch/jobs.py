@@ -150,7 +150,9 @@ def starts_of(job: Submitted) -> list[dict[str, Any]]:
     """The lines of starts.jsonl that the job wrote, oldest first."""
     names = {job.job} if job.cluster == "slurm" else {job.job, ""}  # a run learns its job's name from Slurm alone
     lines = [line for line in runs.starts(job.folder) if line.get("job") in names]
-    return [line for line in lines if str(line.get("time", "")) >= job.time]
+    if job.cluster == "local":  # the lines of an earlier one look alike
+        return [line for line in lines if str(line.get("time", "")) >= job.time]
+    return lines
 
 
 def last_end(job: Submitted) -> dict[str, Any]:

@@ -23,9 +23,7 @@ ASK = 5.0
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
 @click.argument("name", metavar="JOB|RUN")
-@click.option(
-    "--rank", type=click.IntRange(0), default=0, show_default=True, help="Whose log; rank 0 has the script's."
-)
+@click.option("--rank", type=click.IntRange(0), default=0, show_default=True, help="Whose log.")
 @click.option("--follow", "-f", is_flag=True, help="Go on until the job is over, through requeues.")
 @click.option("--lines", "-n", type=click.IntRange(0), default=NUM_LINES, show_default=True, help="Last lines to show.")
 def logs(name: str, rank: int, follow: bool, lines: int) -> None:
@@ -64,8 +62,10 @@ def _job_of(name: str) -> Submitted:
         return exact[-1]
     folders = sorted({job.folder for job in found})
     if len(folders) > 1:
-        some = ", ".join(str(folder) for folder in folders[:4])
-        raise UserError(f"{name} means {len(folders)} runs; name one of them: {some}{', ...' if folders[4:] else ''}.")
+        some = ", ".join(str(folder) for folder in folders[:3])
+        raise UserError(
+            f"{name} means {len(folders)} runs; name one of them: {some}{' and so on' if folders[3:] else ''}."
+        )
     found.sort(key=lambda job: job.time)
     return next((job for job in reversed(found) if _ranks(job)), found[-1])
 
