@@ -66,7 +66,7 @@ def _check_elements(every: Sequence[Element], profile: Profile) -> list[tuple[El
     known: dict[object, int] = {}
     found = []
     for element in every:
-        alike = replace(element.config, seed=0, name="")
+        alike = replace(element.config, seed=0, name="any")
         fresh = not (element.config.run_folder / "config.yaml").exists()
         if alike not in known or not fresh:
             try:
@@ -96,10 +96,8 @@ def _submit(sweep: SweepConfig, every: Sequence[Element], todo: Todo, profile: P
         awaited.add(job)
     if waiting := alive_job(folder, "table"):
         jobs.cancel([waiting])  # it waits for other jobs than the new one
-    masters = sorted({job.partition("_")[0] for job in awaited})
-    (job,) = send(
-        "table", [Job("launch.table", (str(folder),))], profile.of_one_task(), ":".join(["afterany", *masters])
-    )
+    after = ":".join(["afterany", *sorted({job.partition("_")[0] for job in awaited})]) if awaited else ""
+    (job,) = send("table", [Job("launch.table", (str(folder),))], profile.of_one_task(), after)
     note(folder, stage="table", job=job, steps=None)
     click.echo(
         f"{folder}: {len(every)} runs; submitted {count['pretrain']} trainings, {count['evaluate']} evaluations and the"
