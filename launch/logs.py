@@ -63,9 +63,7 @@ def _job_of(name: str) -> Submitted:
     folders = sorted({job.folder for job in found})
     if len(folders) > 1:
         some = ", ".join(str(folder) for folder in folders[:3])
-        raise UserError(
-            f"{name} means {len(folders)} runs; name one of them: {some}{' and so on' if folders[3:] else ''}."
-        )
+        raise UserError(f"{name} means {len(folders)} runs; name one of them: {some}{' ...' if folders[3:] else '.'}")
     found.sort(key=lambda job: job.time)
     return next((job for job in reversed(found) if _ranks(job)), found[-1])
 

@@ -78,12 +78,12 @@ def newest(folder: Path) -> Newest:
     return Newest(folder, stages, lines[-1].time if lines else "")
 
 
-def row(asked: Newest, known: dict[Submitted, Info]) -> Row:
-    """A run's row, from the states of its jobs and its files."""
+def row(asked: Newest, known: dict[Submitted, Info], brief: bool = False) -> Row:
+    """A run's row, from the states of its jobs and its files; ``brief`` spares the metrics of what is over."""
     folder, now = asked.folder, time.time()
     submitted = _last(asked, "pretrain")
     info = known.get(submitted) if submitted else None
-    lines = runs.metrics(folder)
+    lines = [] if brief and not is_alive(info) else runs.metrics(folder, NUM_USUAL)
     last: dict[str, Any] = lines[-1] if lines else {}
     total = runs.num_steps(folder)
     finished = runs.is_finished(folder)
@@ -190,15 +190,14 @@ def _is_stalled(
 
 def _interval(lines: Sequence[dict[str, Any]]) -> float:
     """Seconds between two lines of metrics as they usually are; 0 where nothing is known."""
-    recent = lines[-NUM_USUAL:]
-    gaps = [(b.get("step", 0) - a.get("step", 0)) for a, b in itertools.pairwise(recent)]
+    gaps = [(b.get("step", 0) - a.get("step", 0)) for a, b in itertools.pairwise(lines)]
     if not gaps:
-        gaps = [recent[0].get("step", 0)] if recent else [0]
+        gaps = [lines[0].get("step", 0)] if lines else [0]
     return float(statistics.median(gaps)) * _seconds_a_step(lines)
 
 
 def _seconds_a_step(lines: Sequence[dict[str, Any]]) -> float:
-    known = [line["step_seconds"] for line in lines[-NUM_USUAL:] if line.get("step_seconds")]
+    known = [line["step_seconds"] for line in lines if line.get("step_seconds")]
     return float(statistics.median(known)) if known else 0.0
 
 

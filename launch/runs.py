@@ -34,10 +34,9 @@ def starts(folder: Path) -> list[dict[str, Any]]:
     return list(_lines(_read(folder / STARTS)))
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The newest lines of a run's metrics.jsonl, oldest first."""
-    path = folder / "metrics.jsonl"
-    return list(_lines(_read(path, TAIL)))
+def metrics(folder: Path, most: int) -> list[dict[str, Any]]:
+    """The newest lines of a run's metrics.jsonl, oldest first; at most ``most``, and what TAIL holds."""
+    return list(_lines("\n".join(_read(folder / "metrics.jsonl", TAIL).splitlines()[-most:])))
 
 
 def last_step(run_folder: Path) -> int:

@@ -5,7 +5,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import click
 
@@ -77,9 +77,9 @@ def draw(names: Sequence[str], most: int | None) -> list[str]:
     if not asked:
         return ["Nothing was submitted yet; python -m launch.pretrain CONFIG --profile NAME does."]
     known, complaints = jobs.states([job for one in asked for stage in one.stages.values() for job in stage])
-    runs = [(one, overview.row(one, known)) for one in asked if one.is_run]
+    runs = [(one, overview.row(one, known, brief=True)) for one in asked if one.is_run]
     rest = [other for one in asked for other in overview.others(one, known)]
-    shown = _chosen(runs, most)
+    shown = [overview.row(one, known) for one in _chosen(runs, most)]
     width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
     lines = [*_table(shown, width), *_notes(shown, rest, complaints)]
     if len(runs) > len(shown):
@@ -87,7 +87,7 @@ def draw(names: Sequence[str], most: int | None) -> list[str]:
     return [part for line in [*lines, _counts(runs)] for part in (_wrap(line, width) if len(line) > width else [line])]
 
 
-def _chosen(runs: Sequence[tuple[Newest, Row]], most: int | None) -> list[Row]:
+def _chosen(runs: Sequence[tuple[Newest, Row]], most: int | None) -> list[Newest]:
     """Those to show, what runs before what waits before what was submitted last; in order of group and folder."""
     latest: dict[str, str] = {}
     for one, row in runs:
@@ -97,7 +97,7 @@ def _chosen(runs: Sequence[tuple[Newest, Row]], most: int | None) -> list[Row]:
     kept = by_need[:most]
     kept.sort(key=lambda pair: pair[1].folder)
     kept.sort(key=lambda pair: (latest[_group(pair[1])], _group(pair[1])), reverse=True)
-    return [row for _, row in kept]
+    return [one for one, _ in kept]
 
 
 def _group(row: Row) -> str:
@@ -110,15 +110,13 @@ def _table(rows: Sequence[Row], width: int) -> list[str]:
     cells = [_cells(row) for row in rows]
     widths = [max(len(word) for word in column) for column in zip(HEADER, *cells, strict=True)]
     names = [_name(row) for row in rows]
-    longest = max((len(name) for name in [*names, *map(_group, rows)]), default=0)
+    longest = max(len(name) for name in ["run", *names, *map(_group, rows)])
     gap = 2 if width - sum(widths) - 2 * len(HEADER) >= min(longest, 20) else 1
     space = min(longest, max(8, width - sum(widths) - gap * len(HEADER)))
 
     def line(name: str, words: Sequence[str]) -> str:
-        aligned = (
-            f"{word:{'<' if title in LEFT else '>'}{size}}"
-            for title, word, size in zip(HEADER, words, widths, strict=True)
-        )
+        columns = zip(HEADER, words, widths, strict=True)
+        aligned = (f"{word:{'<' if title in LEFT else '>'}{size}}" for title, word, size in columns)
         return (" " * gap).join([f"{_shortened(name, space):<{space}}", *aligned]).rstrip()
 
     found = []
@@ -132,21 +130,22 @@ def _table(rows: Sequence[Row], width: int) -> list[str]:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    total = "?" if row.total is None else _count(row.total)
     return (
         row.job,
         row.state,
-        f"{_count(row.step)}/{total}",
-        "-" if row.loss is None else f"{row.loss:.3f}",
-        "-" if row.hit_rate is None else f"{row.hit_rate:.2f}",
-        "-"
-        if row.images_per_second is None
-        else f"{row.images_per_second:.{0 if row.images_per_second >= 10 else 1}f}",
+        f"{_count(row.step)}/{'?' if row.total is None else _count(row.total)}",
+        _or_dash(row.loss, "{:.3f}".format),
+        _or_dash(row.hit_rate, "{:.2f}".format),
+        _or_dash(row.images_per_second, lambda speed: _count(round(speed)) if speed >= 10 else f"{speed:.1f}"),
         str(row.restarts),
-        "-" if row.age is None else _duration(row.age),
-        "-" if row.eta is None else _duration(row.eta),
+        _or_dash(row.age, _duration),
+        _or_dash(row.eta, _duration),
         row.evaluation,
     )
+
+
+def _or_dash(value: float | None, write: Callable[[float], str]) -> str:
+    return "-" if value is None else write(value)
 
 
 def _notes(rows: Sequence[Row], rest: Sequence[Other], complaints: Sequence[str]) -> Iterator[str]:
@@ -164,9 +163,8 @@ def _notes(rows: Sequence[Row], rest: Sequence[Other], complaints: Sequence[str]
     if waiting:
         yield f"waiting: {', '.join(f'{count} {reason}' for reason, count in waiting.most_common())}"
     for other in rest[:NUM_NOTES]:
-        counts = ", ".join(
-            f"{count} {state}" if len(other.counts) > 1 or count > 1 else state for state, count in other.counts.items()
-        )
+        several = sum(other.counts.values()) > 1
+        counts = ", ".join(f"{count} {state}" if several else state for state, count in other.counts.items())
         yield f"{other.stage} of {other.folder}: job {other.job} {counts}"
     for complaint in complaints:
         yield f"the state of jobs is unknown: {complaint}"
