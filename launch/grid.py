@@ -281,11 +281,11 @@ def _names_by_digest(folder: Path) -> dict[str, str]:
 
 
 def _label(point: Assignment) -> str:
-    label = "-".join(filter(None, itertools.starmap(_short, point.items())))
+    label = "-".join(filter(None, itertools.starmap(short, point.items())))
     return label[:LONGEST_LABEL].rstrip("-.") or "run"
 
 
-def _short(key: str, value: Any) -> str:
+def short(key: str, value: Any) -> str:
     """A value's part of a name: a text alone (a path's last part), anything else after the last part of its key."""
     text = _text(value)
     if isinstance(value, str):
