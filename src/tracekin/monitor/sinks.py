@@ -56,13 +56,14 @@ def log_table(folder: Path, monitor: MonitorConfig, name: str, header: list[str]
     """
     if monitor.wandb == "disabled":
         return
-    # Offline, the table's file is staged here until launch.sync pushes it; by default that is the home of this machine.
-    os.environ.setdefault("WANDB_DATA_DIR", str((folder / "wandb").resolve()))
     run = _open_run(monitor, folder, name, {})
     import wandb
 
     try:
-        run.log({"table": wandb.Table(columns=header, data=rows, allow_mixed_types=True)})
+        table = wandb.Table(columns=header, data=rows, allow_mixed_types=True)
+        # As a file of the run alone: the artifact that `log` makes of an unbound table tells the server a local path.
+        table.bind_to_run(run, "table", run.step)
+        run.log({"table": table})
     finally:
         run.finish(exit_code=1 if sys.exc_info()[0] else 0)
 
@@ -70,6 +71,7 @@ def log_table(folder: Path, monitor: MonitorConfig, name: str, header: list[str]
 def _open_run(config: MonitorConfig, folder: Path, name: str, settings: dict[str, Any]) -> Any:
     """The W&B run whose id lies in ``folder``, made on the first call; ``settings`` are sent as its config."""
     os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # crash reports name the host
     import wandb
 
     id_file = folder / "wandb_id"
