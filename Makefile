@@ -1,9 +1,9 @@
-# make demo · make test · make check · make bench · make gpu · make ham10000 SOURCE=ham10000.zip
+# make demo · make test · make check · make slurm-test · make bench · make gpu · make ham10000 SOURCE=ham10000.zip
 # Every target but `gpu` works in .venv, which it makes itself from requirements.lock: a machine with Python, pip and g++ is enough.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup preflight lock demo ham10000 test check bench gpu clean
+.PHONY: help setup preflight lock demo ham10000 test slurm-test check bench gpu clean
 
 # Python that makes .venv (3.11 to 3.13), and the one that `make gpu` uses as it is.
 BOOTSTRAP ?= python3
@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 STAMP := .venv/.installed
 # DeepSpeed's compiled CPU op belongs to this environment: two that share a cache rebuild it for each other.
 export TORCH_EXTENSIONS_DIR ?= $(VENV)/torch_extensions
-lock demo ham10000 test check bench data/phantom/manifest.json data/ham10000/manifest.json: export PATH := $(BIN):$(PATH)
+lock demo ham10000 test slurm-test check bench data/phantom/manifest.json data/ham10000/manifest.json: export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 PRETRAIN := torchrun --standalone --nproc-per-node $(RANKS) -m tracekin.cli pretrain
 
@@ -70,7 +70,10 @@ ham10000: $(STAMP) data/ham10000/manifest.json
 	tracekin report runs/ham10000/none runs/ham10000/tracin_cosine --out runs/ham10000
 
 test: $(STAMP)
-	python -m pytest $(if $(DATA),--data=$(DATA))
+	python -m pytest --ignore=tests/slurm $(if $(DATA),--data=$(DATA))
+
+slurm-test: $(STAMP)
+	python -m pytest tests/slurm --verbose --durations=0
 
 check: $(STAMP)
 	ruff check .

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tracekin.distributed.collectives import TIMEOUT
+from tracekin.distributed.network import interface_to
 from tracekin.distributed.world import World, meeting_point
 
 
@@ -36,8 +37,27 @@ def process_group(world: World, device: torch.device, timeout: timedelta = TIMEO
         where = f"tcp://{address}:{port}"
         if "TORCHELASTIC_RUN_ID" in os.environ:
             where = "env://"  # torchrun's agent already serves a store there
+        else:
+            # Else gloo takes the interface of this host's name, which Debian resolves to a loopback address.
+            interface = os.environ.get("GLOO_SOCKET_IFNAME") or interface_to(address)
+            if interface:
+                os.environ["GLOO_SOCKET_IFNAME"] = interface
+            if world.is_main:
+                print(
+                    f"{world.size} ranks meet at {address}:{port} over {interface or 'any interface'};",
+                    _cores(),
+                    flush=True,
+                )
         dist.init_process_group(backend, where, rank=world.rank, world_size=world.size, timeout=timeout)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _cores() -> str:
+    """What the launcher's binding leaves this rank: one core alone, for all loaders too, is a mistake often made."""
+    if not hasattr(os, "sched_getaffinity"):
+        return ""
+    cores = sorted(os.sched_getaffinity(0))
+    return f"rank 0 may use {len(cores)} cores: {cores[0]} to {cores[-1]}"
