@@ -84,7 +84,8 @@ def draw(names: Sequence[str], most: int | None) -> list[str]:
     lines = [*_table(shown, width), *_notes(shown, rest, complaints)]
     if len(runs) > len(shown):
         lines.append(f"{len(runs) - len(shown)} of {len(runs)} runs are left out; --all shows them.")
-    return [part for line in [*lines, _counts(runs)] for part in (_wrap(line, width) if len(line) > width else [line])]
+    lines += _counts(runs, width)
+    return [part for line in lines for part in (_wrap(line, width) if len(line) > width else [line])]
 
 
 def _chosen(runs: Sequence[tuple[Newest, Row]], most: int | None) -> list[Newest]:
@@ -170,13 +171,14 @@ def _notes(rows: Sequence[Row], rest: Sequence[Other], complaints: Sequence[str]
         yield f"the state of jobs is unknown: {complaint}"
 
 
-def _counts(runs: Sequence[tuple[Newest, Row]]) -> str:
+def _counts(runs: Sequence[tuple[Newest, Row]], width: int) -> list[str]:
+    """How many runs there are in each state, and their tables; on one line if that fits."""
     counts = Counter(row.state for _, row in runs)
     said = ", ".join(f"{count} {state if state != '-' else 'not submitted'}" for state, count in counts.most_common())
-    line = f"{len(runs)} run{'s' if len(runs) != 1 else ''}{': ' if said else ''}{said}"
+    parts = [f"{len(runs)} run{'s' if len(runs) != 1 else ''}{': ' if said else ''}{said}"]
     tables = sorted({row.folder.parent / "table.md" for _, row in runs if _group(row)})
-    found = [str(path) for path in tables if path.is_file()]
-    return f"{line}; table: {' '.join(found)}" if len(found) in (1, 2) else line
+    parts += [f"table: {path}" for path in tables if path.is_file()][:NUM_NOTES]
+    return ["; ".join(parts)] if len("; ".join(parts)) <= width else parts
 
 
 def _name(row: Row) -> str:
