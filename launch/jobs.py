@@ -89,7 +89,7 @@ def cancel(jobs: Collection[Submitted]) -> None:
 def find_folders(names: Sequence[str], root: Path = ROOT) -> list[Path]:
     """The folders with submissions that names mean: of a run, or of a sweep and all its runs; all without a name.
 
-    A name is a path, or what follows ``runs/`` or ``runs/sweeps/`` in one.
+    A name is a path, or what follows ``runs/`` or ``runs/sweeps/`` in one; a sweep's YAML file means its folder.
 
     Raises:
         UserError: no such run or sweep; it names what comes near.
@@ -125,7 +125,8 @@ def find_jobs(names: Sequence[str], root: Path = ROOT) -> list[Submitted]:
 
 
 def _folders_of(name: str, root: Path) -> list[Path]:
-    for folder in (Path(name), root / name, root / "sweeps" / name, Path(f"{name.rstrip('/')}.packing")):
+    sweep = Path(name).stem if name.endswith(".yaml") else name
+    for folder in (Path(name), root / name, root / "sweeps" / sweep, Path(f"{name.rstrip('/')}.packing")):
         if folder.is_dir() and folder != Path("."):
             found = runs.find_runs(folder)
             if found:

@@ -30,7 +30,7 @@ class Info(NamedTuple):
 
     job: str
     state: str
-    """Slurm's long name: ``RUNNING``, ``CANCELLED``, ``NODE_FAIL``."""
+    """Slurm's long name: ``RUNNING``, ``CANCELLED``, ``NODE_FAIL``; ``UNKNOWN`` of a job that is over somehow."""
     exit_code: str
     """``CODE:SIGNAL``; of a job that runs, of no meaning."""
     restarts: int
@@ -57,7 +57,8 @@ def command(words: Sequence[str], slurm_conf: str = "") -> str:
 def jobs(ids: Collection[str], slurm_conf: str = "") -> dict[str, Info]:
     """Jobs by id (``12`` or ``12_3``); those that Slurm does not know are absent.
 
-    Accounting remembers what ended, and lags seconds behind; squeue knows at once whatever runs or waits, so it wins.
+    Accounting remembers what ended, and lags seconds behind; squeue knows at once what runs or waits, so it wins, and
+    what it does not know is over.
 
     Raises:
         UserError: as ``command``.
@@ -66,12 +67,15 @@ def jobs(ids: Collection[str], slurm_conf: str = "") -> dict[str, Info]:
     masters = sorted({job.partition("_")[0] for job in ids}, key=lambda master: (len(master), master))
     for start in range(0, len(masters), NUM_IDS):
         wanted = ",".join(masters[start : start + NUM_IDS])
-        for info in _accounted(wanted, slurm_conf):
-            found[info.job] = info
-        for info in _queued(wanted, slurm_conf):
-            known = found.get(info.job)
-            found[info.job] = info._replace(exit_code=known.exit_code) if known else info
-    # An element cancelled before it ever started leaves no trace in either, while its array is remembered.
+        accounted = {info.job: info for info in _accounted(wanted, slurm_conf)}
+        queued = {info.job: info for info in _queued(wanted, slurm_conf)}
+        for job, info in accounted.items():
+            if job in queued:
+                queued[job] = queued[job]._replace(exit_code=info.exit_code)
+            elif info.state in ALIVE:  # accounting has yet to hear of its end
+                accounted[job] = info._replace(state="CANCELLED" if info.state == "PENDING" else "UNKNOWN")
+        found |= accounted | queued
+    # An element cancelled before it ever started is soon in neither list, while its array is remembered.
     arrays = {job.partition("_")[0] for job in found if "_" in job}
     for job in ids:
         if "_" in job and job not in found and job.partition("_")[0] in arrays:

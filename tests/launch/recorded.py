@@ -30,6 +30,10 @@ SQUEUE = """\
 3|FAILED|0|n2|NonZeroExitCode|0:00|
 2_4|PENDING|0||JobArrayTaskLimit|0:00|
 2_5|PENDING|0||JobArrayTaskLimit|0:00|
+2_6|PENDING|0||JobArrayTaskLimit|0:00|
+2_7|PENDING|0||JobArrayTaskLimit|0:00|
+2_8|PENDING|0||JobArrayTaskLimit|0:00|
+2_9|PENDING|0||JobArrayTaskLimit|0:00|
 6|PENDING|0||DependencyNeverSatisfied|0:00|
 7_2|PENDING|0||Dependency|0:00|
 8_1|PENDING|0||BeginTime|0:00|

@@ -19,18 +19,19 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
 
 
 def test_states_of_arrays_single_and_dependent_jobs(fake: Slurm) -> None:
-    ids = ["2_0", "2_1", "2_2", "2_4", "2_9", "3", "6", "7_1", "7_2", "8_3", "9", "77", "77_1"]
+    ids = ["2_0", "2_1", "2_2", "2_4", "2_9", "3", "6", "7_1", "7_2", "8_2", "8_3", "9", "77", "77_1"]
     found = slurm.jobs(ids)
     assert {job: info.state for job, info in found.items()} == {
         "2_0": "COMPLETED",
         "2_1": "FAILED",
         "2_2": "RUNNING",  # accounting still counts it to the pending range
         "2_4": "PENDING",
-        "2_9": "PENDING",  # in the range alone
+        "2_9": "PENDING",
         "3": "FAILED",
         "6": "PENDING",
         "7_1": "CANCELLED",
         "7_2": "PENDING",
+        "8_2": "CANCELLED",  # accounting still counts it to the pending range, too
         "8_3": "PENDING",
         "9": "PENDING",
     }
@@ -62,6 +63,12 @@ def test_a_site_without_accounting_is_read_through_squeue(fake: Slurm) -> None:
     assert slurm.jobs(["2_2", "9"])["2_2"].state == "RUNNING"
 
 
+def test_a_job_that_only_accounting_believes_to_run_is_over(fake: Slurm) -> None:
+    fake.says("sacct", "5|RUNNING|0:0|n1|None|3-00:00:00\n")
+    fake.says("squeue", error=recorded.SQUEUE_UNKNOWN, code=1)
+    assert slurm.jobs(["5"])["5"].state == "UNKNOWN"
+
+
 def test_many_jobs_are_asked_in_few_questions(fake: Slurm) -> None:
     slurm.jobs([str(number) for number in range(1, 1201)])
     assert len(fake.calls("sacct")) == 3
@@ -77,10 +84,10 @@ def test_many_jobs_are_asked_in_few_questions(fake: Slurm) -> None:
         ("12_[0,4-8:2,11%1]", ["12_0", "12_4", "12_6", "12_8", "12_11"]),
     ],
 )
-def test_pending_ranges_are_expanded(fake: Slurm, written: str, elements: list[str]) -> None:
-    fake.says("sacct", f"{written}|PENDING|0:0|None assigned|Priority|00:00:00\n")
-    fake.says("squeue")
-    assert list(slurm.jobs(elements)) == elements
+def test_ranges_are_expanded(fake: Slurm, written: str, elements: list[str]) -> None:
+    fake.says("sacct", f"{written}|DEADLINE|0:0|None assigned|Priority|00:00:00\n")
+    fake.says("squeue", error=recorded.SQUEUE_UNKNOWN, code=1)
+    assert {job: info.state for job, info in slurm.jobs(elements).items()} == dict.fromkeys(elements, "DEADLINE")
 
 
 def test_no_answer_is_said_in_slurms_own_words(fake: Slurm) -> None:

@@ -196,7 +196,7 @@ def test_what_runs_is_shown_before_what_is_over(fake: Slurm) -> None:
 
 def test_long_names_numbers_and_causes_fit_80_columns(fake: Slurm) -> None:
     fake.says("sacct", "12345678_1234|RUNNING|0:0|n1|None|00:01:00\n12345678_7|FAILED|1:0|n1|None|00:01:00\n")
-    fake.says("squeue")
+    fake.says("squeue", "12345678_1234|RUNNING|0|n1|None|1:00|\n")
     name = "mining.policy=influence-mining.k=16-optimiser.lr=0.0003-seed=12-1a2b3c4d"
     train(
         make_run(f"sweeps/a-sweep-of-many-things/{name}", "12345678_1234", steps=2_000_000, evaluate="12345678_9"), 150
