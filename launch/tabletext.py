@@ -13,6 +13,7 @@ from tracekin.evaluate.seeds import Group, Result, groups_of
 from tracekin.monitor.sweep_page import Bar, SweepPage, SweepPart, Table
 
 MOST_NAMED = 12
+FAILED = ("fail", "cancel", "timeout", "memory")  # words of the states that somebody must look at
 NAMES = {"balanced_accuracy": "balanced accuracy", "macro_auc": "macro AUC"}
 PROBES = {"knn": "kNN", "linear": "linear"}
 
@@ -98,7 +99,7 @@ def text(story: Story) -> str:
         if found:
             rows = [[label, _num_pairs(g), *(cells.span(g.differences.get(p)) for p in PROBES)] for label, g in found]
             blocks += ["", cells.plain_table(["difference to none", "n", "kNN", "linear"], rows)]
-            blocks += ["", textwrap.fill(verdict(part), WIDTH)]
+            blocks += ["", textwrap.fill(verdict(part, " (*)"), WIDTH)]
     return "\n".join(blocks) + "\n"
 
 
@@ -122,9 +123,9 @@ def page(story: Story) -> SweepPage:
         parts.append(
             SweepPart(part.title, _results(part, story), part.caption, _differences(part), verdict(part), charts)
         )
-    states = [element.state for element in story.elements]
+    classes = ["" if e.result else "failed" if any(w in e.state for w in FAILED) else "waiting" for e in story.elements]
     title = headline(story).partition(":")
-    return SweepPage(title[0], title[2].strip(), notes(story), parts, elements_table(story), states)
+    return SweepPage(title[0], title[2].strip(), notes(story), parts, elements_table(story), classes)
 
 
 def elements_table(story: Story) -> Table:
@@ -143,14 +144,14 @@ def elements_table(story: Story) -> Table:
     return ["element", "state", *keys, "seed", "kNN", "linear", "hit rate", "chance", "images/s", "step"], rows
 
 
-def verdict(part: Part) -> str:
-    """What the intervals of the differences say together."""
+def verdict(part: Part, mark: str = "") -> str:
+    """What the intervals of the differences say together; ``mark`` stands beside those that exclude 0."""
     every = [estimate for _, group in part.groups for estimate in group.differences.values()]
     known = [estimate for estimate in every if estimate.interval]
     said = "Difference to plain BYOL (mining.policy=none), paired by seed: mean and 95 % interval over seeds."
     if known:
         exclude = sum(estimate.excludes_zero for estimate in known)
-        said += f" {exclude} of {len(known)} intervals exclude 0 (*); by luck alone 1 in 20 would."
+        said += f" {exclude} of {len(known)} intervals exclude 0{mark}; by luck alone 1 in 20 would."
     if len(known) < len(every):
         said += " With one seed there is no interval: tracekin report RUN RUN pairs the images instead."
     return said
@@ -180,7 +181,8 @@ def _caption(facts: Mapping[str, Any], groups: Sequence[Group]) -> str:
         "the images being the same. Hit rate and chance: last quarter of the steps."
     )
     if any(group.num_seeds == 1 for group in groups):
-        said += f" † one seed: standard error by {facts['bootstrap']['replicates']:,} bootstrap replicates over groups."
+        replicates = facts["bootstrap"]["replicates"]
+        said += f" † one seed, or none in pixels: standard error by {replicates:,} bootstrap replicates over groups."
     return said
 
 

@@ -10,6 +10,7 @@ import yaml
 
 from launch import runs
 from launch.grid import Element, elements, read_sweep, sweep_folder, write_plan
+from launch.slurm import Info
 from launch.table import collect_table, main
 from launch.tabletext import Element as Shown
 from launch.tabletext import markdown, tell, text
@@ -140,6 +141,35 @@ def test_elements_are_published_as_they_stand_in_the_csv(
     assert (folder, name, monitor.wandb) == (FOLDER, "sweeps/demo", "offline")
     assert all(len(row) == len(header) for row in rows)
     assert [row[header.index("state")] for row in rows] == ["done", "done", "done", "not started"]
+
+
+def test_the_state_of_an_element_is_that_of_its_newest_jobs(
+    sweep: list[Element], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = sweep[3].config.run_folder
+    kept = (run / "submissions.jsonl").read_text(encoding="utf-8")
+    runs.record(run, stage="evaluate", job="2_3", cluster="slurm")
+    said: dict[str, str] = {}
+
+    def states(jobs: Any) -> Any:
+        return {j: Info(j.job, said[j.job], "0:0", 0, "", "", "") for j in jobs if j.job in said}, []
+
+    monkeypatch.setattr("launch.table.jobs.states", states)
+    for now, shown in (
+        ({"1_3": "PENDING", "2_3": "PENDING"}, "pretrain pending"),
+        ({"1_3": "RUNNING", "2_3": "PENDING"}, "pretrain running"),
+        ({"1_3": "OUT_OF_MEMORY", "2_3": "CANCELLED"}, "pretrain out of memory"),
+        ({"1_3": "COMPLETED", "2_3": "PENDING"}, "evaluate pending"),
+        ({"1_3": "COMPLETED", "2_3": "FAILED"}, "evaluate failed"),
+        ({"1_3": "FAILED", "2_3": "CANCELLED", "3_3": "RUNNING"}, "pretrain running"),
+        ({}, "not started"),
+    ):
+        if "3_3" in now:
+            runs.record(run, stage="pretrain", job="3_3", cluster="slurm", steps=40)
+        said.clear()
+        said.update(now)
+        assert f"- {shown}: {sweep[3].name}" in collect_table(FOLDER, out=tmp_path, publish=False)
+    (run / "submissions.jsonl").write_text(kept, encoding="utf-8")
 
 
 def _shown(policy: str, seed: int, dataset: str, knn: float = 0.5, state: str = "done", **more: Any) -> Shown:

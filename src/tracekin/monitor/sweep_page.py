@@ -44,14 +44,18 @@ class SweepPage:
     """Sentences at the top: what is not done."""
     parts: Sequence[SweepPart]
     elements: Table
-    states: Sequence[str]
-    """Of each element, "done" or what else it is."""
+    classes: Sequence[str]
+    """How each element's row looks: "" done, "waiting" or "failed"."""
 
 
 def render(page: SweepPage) -> str:
     """The page as HTML text; every string is escaped."""
-    charts = [[(name, _source(bars)) for name, bars in part.charts if bars] for part in page.parts]
+    charts = [[(_heading(name, bars), _source(bars)) for name, bars in part.charts if bars] for part in page.parts]
     return render_template("sweep.html.jinja", page=page, parts=list(zip(page.parts, charts, strict=True)))
+
+
+def _heading(name: str, bars: Sequence[Bar]) -> str:
+    return name if len(bars) <= MOST_BARS else f"{name}, the first {MOST_BARS} of {len(bars)} groups"
 
 
 def _source(bars: Sequence[Bar]) -> str:
