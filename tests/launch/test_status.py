@@ -104,7 +104,7 @@ def test_only_what_is_named_is_shown(fake: Slurm) -> None:
     make_run("sweeps/one/a", "2_0")
     make_run("sweeps/two/b", "2_1")
     make_run("lone", "3")
-    for name in ("two", "sweeps/two", "runs/sweeps/two", "runs/sweeps/two/b"):
+    for name in ("two", "sweeps/two", "runs/sweeps/two/", "configs/sweeps/two.yaml", "runs/sweeps/two/b"):
         assert draw([name], 30)[-1] == "1 run: 1 failed"
     assert draw(["lone", "one"], 30)[-1].startswith("2 runs")
     with pytest.raises(UserError, match=r"did you mean runs/lone\?"):
