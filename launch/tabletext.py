@@ -82,7 +82,7 @@ def notes(story: Story) -> list[str]:
         if element.result is None:
             by_state.setdefault(element.state, []).append(element.name)
     return [
-        f"{state}: {', '.join(names[:MOST_NAMED])}"
+        f"{state} ({len(names):,}): {', '.join(names[:MOST_NAMED])}"
         + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
         for state, names in by_state.items()
     ]
@@ -91,7 +91,9 @@ def notes(story: Story) -> list[str]:
 def text(story: Story) -> str:
     """The grouped tables as plain text of at most 80 columns."""
     blocks = [headline(story)]
-    blocks += [textwrap.fill(f"- {note}", WIDTH, subsequent_indent="  ") for note in notes(story)]
+    blocks += [
+        textwrap.fill(f"- {note}", WIDTH, subsequent_indent="  ", break_on_hyphens=False) for note in notes(story)
+    ]
     for part in story.parts:
         blocks += ["", part.title, "", cells.plain_table(*_results(part, story, intervals=False))]
         blocks += ["", textwrap.fill(part.caption, WIDTH)]

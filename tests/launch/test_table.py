@@ -70,7 +70,7 @@ def test_every_element_is_a_row_and_the_failed_one_says_so(sweep: list[Element],
     assert json.loads(rows[2]["linear_macro_auc_interval"]) == own["linear"]["macro_auc"]["interval"]
     assert float(rows[2]["hit_rate"]) == pytest.approx(0.41)
     assert "sweep demo: 3 of 4 elements are done." in shown
-    assert f"pretrain failed: {sweep[3].name}" in shown.replace("\n  ", " ")
+    assert f"- pretrain failed (1): {sweep[3].name}" in shown
     page = (tmp_path / "table.html").read_text(encoding="utf-8")
     assert f'<tr class="failed"><td>{sweep[3].name}</td><td>pretrain failed</td>' in page
     assert f"| {sweep[3].name} | pretrain failed | tracin | 1 | - |" in (tmp_path / "table.md").read_text()
@@ -168,7 +168,7 @@ def test_the_state_of_an_element_is_that_of_its_newest_jobs(
             runs.record(run, stage="pretrain", job="3_3", cluster="slurm", steps=40)
         said.clear()
         said.update(now)
-        assert f"- {shown}: {sweep[3].name}" in collect_table(FOLDER, out=tmp_path, publish=False)
+        assert f"- {shown} (1): {sweep[3].name}" in collect_table(FOLDER, out=tmp_path, publish=False)
     (run / "submissions.jsonl").write_text(kept, encoding="utf-8")
 
 
