@@ -17,8 +17,9 @@ from launch import jobs, runs, slurm, tabletext
 from launch.command import run as run_command
 from launch.grid import Planned, SweepConfig, read_plan, read_sweep, sweep_folder
 from tracekin.config import Config, EvaluateConfig, UserError, load
+from tracekin.evaluate.metrics import PROBES
 from tracekin.evaluate.seeds import Result, Score
-from tracekin.evaluate.summary import BASELINES, PROBES, Json, find_evaluation, metric_of, rates, read_metrics
+from tracekin.evaluate.summary import BASELINES, Json, find_evaluation, metric_of, rates, read_metrics
 from tracekin.evaluate.summary import flat_row as flat
 from tracekin.files import write_text
 from tracekin.monitor.sinks import log_table

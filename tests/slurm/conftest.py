@@ -1,4 +1,4 @@
-"""A real Slurm for these tests: slurm/dev-cluster, with two nodes. `make slurm-test` runs them, `make test` does not."""
+"""A real Slurm, slurm/dev-cluster with two nodes: `make slurm-test` runs these tests, `make test` does not."""
 
 import shutil
 import subprocess

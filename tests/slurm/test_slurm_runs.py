@@ -1,4 +1,4 @@
-"""A run on two nodes of a real Slurm: preempted, killed, out of time, on a lost node, cancelled. Nothing is lost by it."""
+"""A run on two nodes of a real Slurm: preempted, killed, out of time, on a lost node, cancelled."""
 
 import signal
 from pathlib import Path

@@ -67,8 +67,8 @@ def world_from_environment(environment: Mapping[str, str] | None = None) -> Worl
 def meeting_point(environment: Mapping[str, str] | None = None) -> tuple[str, int]:
     """Address and port where the ranks meet: MASTER_ADDR and MASTER_PORT, else the Slurm step's first node.
 
-    Under Slurm the port comes from the job's number and its restarts: two jobs on one node, or a job and what is left of
-    its last start, do not meet.
+    Under Slurm the port comes from the job's number and its restarts: two jobs on one node, or a job and what is left
+    of its last start, do not meet.
     """
     env = os.environ if environment is None else environment
     alone = env.get("SLURM_STEP_NUM_NODES", "1") == "1"  # then no name needs to be resolved

@@ -12,6 +12,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+PROBES = ("knn", "linear")
 METRICS = ("accuracy", "balanced_accuracy", "macro_auc")
 _CHUNK = 500_000  # weights a block of replicates; bounds the memory of the cumulative sums of the AUC
 

@@ -18,11 +18,10 @@ from tracekin.data.manifest import SPLITS, Manifest, read_manifest
 from tracekin.data.stream import evaluation_batches
 from tracekin.evaluate import knn, linear
 from tracekin.evaluate.features import PIXELS_SIDE, Encoder, Features, features, pixels
-from tracekin.evaluate.metrics import estimates
+from tracekin.evaluate.metrics import PROBES, estimates
 from tracekin.files import write_text
 from tracekin.model.backbone import build_backbone
 
-PROBES = ("knn", "linear")
 Splits = dict[str, Features]
 
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tracekin.evaluate.summary import BASELINES, PROBES, T_975
+from tracekin.evaluate.metrics import PROBES
+from tracekin.evaluate.summary import BASELINES, T_975
 
 # What an untrained encoder and the image shrunk to pixels depend on, the seed apart.
 ENCODER_KEYS = ("model.", "data.image_size", "data.channels")

@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracekin.config import EvaluateConfig, UserError
-from tracekin.evaluate.metrics import METRICS, paired_difference
+from tracekin.evaluate.metrics import METRICS, PROBES, paired_difference
 
 Json = dict[str, Any]
-PROBES = ("knn", "linear")  # as an evaluation names them; its own module, run.py, imports torch
 BASELINES = ("pixels", "untrained")
 # Student's t, 97.5 %, for 1 to 9 degrees of freedom; MAX_BLOCKS blocks need no more.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
