@@ -1,4 +1,4 @@
-"""Pack an archive as an array of jobs: ``python -m launch.pack SOURCE --recipe NAME --out DIR --slices N --profile P``."""
+"""Pack an archive as an array of jobs: ``python -m launch.pack SOURCE --recipe NAME --out DIR --profile P``."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -56,11 +56,12 @@ def main(
     if waiting := alive_job(logs, "merge" if slices > 1 else "pack"):
         click.echo(f"{out} is being packed: job {waiting.job} waits or runs. Nothing is submitted.")
         return
-    ends = [("--force",)] * ("--force" in words) + [("--mapping", mapping)] * bool(mapping)
+    table = ("--mapping", mapping) if mapping else ()
+    ends = (*(["--force"] if "--force" in words else []), *table)
     common = ("--recipe", recipe, "--out", str(out), "--workers", str(profile.cpus))
     parts = [Job("shards.pack", (*words, *common, "--slice", f"{n}/{slices}")) for n in range(slices)]
     if slices == 1:
-        parts = [Job("shards.pack", (*words, *common, *(("--mapping", mapping) if mapping else ())))]
+        parts = [Job("shards.pack", (*words, *common, *table))]
     if dry_run:
         click.echo(script(profile, name="pack", logs=logs, code=logs / "code", count=slices))
         return
@@ -72,7 +73,7 @@ def main(
         note(stage="pack", job=number)
     last = ids[0].partition("_")[0]
     if slices > 1:
-        merge = Job("shards.merge", (str(out), *(word for end in ends for word in end)))
+        merge = Job("shards.merge", (str(out), *ends))
         (last,) = send([merge], name="merge", dependency=f"afterok:{last}")
         note(stage="merge", job=last)
     click.echo(
