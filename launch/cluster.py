@@ -59,6 +59,11 @@ class Profile:
         for key in ("gpus", "memory_gb", "max_restarts"):
             if getattr(self, key) < 0:
                 raise UserError(f"{key}={getattr(self, key)} is out of range: accepted is 0 or more.")
+        if self.signal_seconds >= 60 * self.minutes:
+            raise UserError(
+                f"signal_seconds={self.signal_seconds} is as long as minutes={self.minutes} itself: the run would be told"
+                " to stop as it starts. Raise minutes."
+            )
         if self.cluster != "slurm" and self.nodes != 1:
             raise UserError(f"nodes={self.nodes}: cluster={self.cluster} is this machine alone; accepted is 1.")
         if self.cluster == "debug" and self.tasks_per_node != 1:

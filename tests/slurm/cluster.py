@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent.parent
 CONF = ROOT / ".dev-cluster" / "slurm.conf"
 SAME = ("step", "epoch", "loss", "loss_byol", "loss_mined", "lr", "tau", "hit_rate", "target_std")
 STEPS_PER_EPOCH = 4
-PATIENCE = 240
+PATIENCE = 400
 
 
 def dev_cluster(*words: str) -> subprocess.CompletedProcess[str]:
@@ -111,16 +111,19 @@ class Cluster:
         """A job of high priority that needs every node for a moment."""
         return self.sbatch("--partition=high", "--nodes=2", "--exclusive", "--wrap", "srun sleep 3")
 
-    def pids(self, job: str, *words: str) -> list[int]:
-        """Processes of a job whose command line holds all the words."""
+    def ranks(self, job: str) -> list[int]:
+        """The ranks of a job: Python under task.sh, without loader processes."""
+        return [pid for pid in self.pids(job) if "task.sh" in _command(_parent(pid)) and "task.sh" not in _command(pid)]
+
+    def pids(self, job: str) -> list[int]:
+        """Processes that have the job's number in their environment."""
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             try:
-                command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
                 variables = (path / "environ").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if f"SLURM_JOB_ID={job}".encode() in variables and all(word in command for word in words):
+            if f"SLURM_JOB_ID={job}".encode() in variables:
                 found.append(int(path.name))
         return sorted(found)
 
@@ -160,6 +163,20 @@ def assert_identical(run: Path, other: Path) -> None:
         first, second = (checkpoint.load_part(path, part) for path in newest if path)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def kill(pids: list[int], number: int = signal.SIGKILL) -> None:

@@ -81,18 +81,18 @@ def test_a_preemption_announced_by_usr2_loses_nothing(cluster: Cluster, unbroken
 
 
 def test_a_time_limit_shorter_than_the_run_loses_nothing(cluster: Cluster) -> None:
-    folder, job = cluster.pretrain("limit", "train.epochs=14", "--set", "minutes=1", "--set", "signal_seconds=25")
+    folder, job = cluster.pretrain("limit", "train.epochs=20", "--set", "minutes=2", "--set", "signal_seconds=60")
     assert cluster.wait_for_end(job, folder) == "COMPLETED"
     found = starts(folder)
     assert len(found) >= 2
     assert all(start[2:] == ("preempted", "USR2") for start in found[:-1])
-    assert [line["step"] for line in lines(folder / "metrics.jsonl")] == list(range(1, 14 * STEPS_PER_EPOCH + 1))
+    assert [line["step"] for line in lines(folder / "metrics.jsonl")] == list(range(1, 20 * STEPS_PER_EPOCH + 1))
 
 
 def test_a_killed_rank_is_a_restart_and_costs_an_epoch_at_most(cluster: Cluster, unbroken: Path) -> None:
     folder, job = cluster.pretrain("killed")
     cluster.wait_for_step(folder, 6)
-    kill(cluster.pids(job, "submitit.core._submit", "python")[-1:])
+    kill(cluster.ranks(job)[-1:])
     cluster.wait_for("the next start", lambda: len(starts(folder)) == 2, newest_log(folder))
     assert cluster.wait_for_end(job, folder) == "COMPLETED"
     assert starts(folder)[1] == (1, STEPS_PER_EPOCH, "finished", "")
@@ -134,16 +134,17 @@ def test_a_lost_node(cluster: Cluster, with_its_tasks: bool) -> None:
         if with_its_tasks:
             kill(old)
         else:  # asleep, as behind a broken network: they would be done before Slurm misses the node
-            kill(cluster.pids(job, "submitit.core._submit", "python"), signal.SIGSTOP)
+            kill(cluster.ranks(job), signal.SIGSTOP)
         before = last_step(folder)
         cluster.wait_for("the start elsewhere", lambda: len(starts(folder)) == 2, newest_log(folder))
         assert cluster.facts(job)["NodeList"] != node
         if not with_its_tasks:
             cluster.wait_for_step(folder, 5, start=1)
-            awake = set(old) & set(cluster.pids(job, "submitit.core._submit", "python"))
-            assert awake
-            kill(sorted(awake), signal.SIGCONT)
-            cluster.wait_for("the end of the old processes", lambda: not awake & set(cluster.pids(job)))
+            asleep = set(old) & set(cluster.ranks(job))
+            assert len(asleep) == 2
+            kill(sorted(asleep), signal.SIGCONT)
+            cluster.wait_for("the end of the old ranks", lambda: not asleep & set(cluster.ranks(job)))
+            assert "was taken over by a newer start" in "".join(p.read_text() for p in folder.glob("launch/*_log.out"))
         assert cluster.wait_for_end(job, folder) == "COMPLETED"
         first, second = starts(folder)
         assert first == (0, 0, None, None)
