@@ -61,7 +61,7 @@ class Profile:
                 raise UserError(f"{key}={getattr(self, key)} is out of range: accepted is 0 or more.")
         if self.signal_seconds >= 60 * self.minutes:
             raise UserError(
-                f"signal_seconds={self.signal_seconds} is as long as minutes={self.minutes} itself: the run would be told"
+                f"signal_seconds={self.signal_seconds} is as long as minutes={self.minutes} itself: a run would be told"
                 " to stop as it starts. Raise minutes."
             )
         if self.cluster != "slurm" and self.nodes != 1:
