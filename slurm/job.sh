@@ -1,4 +1,6 @@
 # What every batch script does around srun. Sourced: it exports where the ranks meet and defines `finish`.
+set +e # as a profile's set-up lines may have it: a failed srun must reach `finish`
+
 # Since Slurm 22.05 srun does not inherit --cpus-per-task: without this every loader worker sits on one core.
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 
@@ -11,6 +13,10 @@ export MASTER_ADDR="${MASTER_ADDR:-$_first}" MASTER_PORT
 
 trap : TERM USR2 CONT # preemption signals this shell too; it waits for srun and then decides
 
+# What scontrol calls this job alone: an element of an array has the array's own number, which means all its elements.
+_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+_job=${_job:-$SLURM_JOB_ID}
+
 # finish CODE MAX_RESTARTS: end the job, or have Slurm start it again. CODE is srun's (see task.sh). Started again is
 # what saved itself (75) and what a signal killed: out of memory, a lost rank. A program error (1), a user's mistake (2)
 # and a start that another one replaced (3) are not.
@@ -18,7 +24,7 @@ finish() {
   local code=$1 max_restarts=$2 restarts=${SLURM_RESTART_COUNT:-0} state said
   if ((code > 200 && code < 250)); then exit $((code - 200)); fi
   if ((code != 75 && code < 128)); then exit "$code"; fi
-  state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z_]*\) .*/\1/p')
+  state=$(scontrol --oneliner show job "$_job" | sed -n 's/.* JobState=\([A-Z_]*\) .*/\1/p')
   if [ "$state" != RUNNING ]; then # cancelled, or preempted: Slurm has requeued it already
     echo "slurm/job.sh: ended with code $code; Slurm says $state and decides what becomes of it"
     exit "$code"
@@ -28,7 +34,7 @@ finish() {
     exit "$code"
   fi
   echo "slurm/job.sh: ended with code $code; requeue, restart $((restarts + 1)) of at most $max_restarts"
-  if said=$(scontrol requeue "$SLURM_JOB_ID" 2>&1) || [[ $said == *"pending execution"* ]]; then
+  if said=$(scontrol requeue "$_job" 2>&1) || [[ $said == *"pending execution"* ]]; then
     sleep 60 # Slurm ends this script
   fi
   echo "slurm/job.sh: scontrol requeue: $said"
