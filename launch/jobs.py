@@ -126,7 +126,7 @@ def find_jobs(names: Sequence[str], root: Path = ROOT) -> list[Submitted]:
 
 def _folders_of(name: str, root: Path) -> list[Path]:
     sweep = Path(name).stem if name.endswith(".yaml") else name
-    for folder in (Path(name), root / name, root / "sweeps" / sweep, Path(f"{name.rstrip('/')}.packing")):
+    for folder in (Path(name), root / name, root / "sweeps" / sweep, Path(f"{name.rstrip('/')}.launch")):
         if folder.is_dir() and folder != Path("."):
             found = runs.find_runs(folder)
             if found:

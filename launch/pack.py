@@ -65,6 +65,7 @@ def main(
     if dry_run:
         click.echo(script(profile, name="pack", logs=logs, code=logs / "code", count=slices))
         return
+    logs.mkdir(mode=0o700, exist_ok=True)  # like OUT.packing: an error may name the source's files
     code = snapshot.take(logs)
     send = partial(submit, profile=profile, logs=logs, code=code)
     note = partial(runs.record, logs, profile=name, cluster="slurm", slurm_conf=profile.slurm_conf, logs=str(logs))

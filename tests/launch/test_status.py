@@ -212,11 +212,11 @@ def test_long_names_numbers_and_causes_fit_80_columns(fake: Slurm) -> None:
 
 def test_a_packing_is_shown_by_what_its_slices_do(fake: Slurm) -> None:
     for number in range(4):
-        runs.record(Path("out.packing"), stage="pack", job=f"2_{number}", cluster="slurm", logs="out.packing/launch")
-    runs.record(Path("out.packing"), stage="merge", job="6", cluster="slurm", logs="out.packing/launch")
+        runs.record(Path("out.launch"), stage="pack", job=f"2_{number}", cluster="slurm", logs="out.launch")
+    runs.record(Path("out.launch"), stage="merge", job="6", cluster="slurm", logs="out.launch")
     lines = draw(["out"], 30)
-    assert "pack of out.packing: job 2 1 completed, 1 failed, 2 running" in lines
-    assert "merge of out.packing: job 6 pending" in lines
+    assert "pack of out.launch: job 2 1 completed, 1 failed, 2 running" in lines
+    assert "merge of out.launch: job 6 pending" in lines
 
 
 @pytest.mark.parametrize(
