@@ -1,1 +1,1 @@
-"""WHO submits: the launcher, the only importer of submitit. Until it stands, slurm/pretrain.sbatch starts a run."""
+"""WHO submits: commands for a login node, the only importer of submitit. It knows tracekin; tracekin never knows it."""

@@ -81,12 +81,12 @@ def test_a_preemption_announced_by_usr2_loses_nothing(cluster: Cluster, unbroken
 
 
 def test_a_time_limit_shorter_than_the_run_loses_nothing(cluster: Cluster) -> None:
-    folder, job = cluster.pretrain("limit", "train.epochs=20", "--set", "minutes=2", "--set", "signal_seconds=60")
+    folder, job = cluster.pretrain("limit", "train.epochs=16", "--set", "minutes=2", "--set", "signal_seconds=60")
     assert cluster.wait_for_end(job, folder) == "COMPLETED"
     found = starts(folder)
     assert len(found) >= 2
     assert all(start[2:] == ("preempted", "USR2") for start in found[:-1])
-    assert [line["step"] for line in lines(folder / "metrics.jsonl")] == list(range(1, 20 * STEPS_PER_EPOCH + 1))
+    assert [line["step"] for line in lines(folder / "metrics.jsonl")] == list(range(1, 16 * STEPS_PER_EPOCH + 1))
 
 
 def test_a_killed_rank_is_a_restart_and_costs_an_epoch_at_most(cluster: Cluster, unbroken: Path) -> None:
