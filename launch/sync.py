@@ -29,8 +29,8 @@ TIMEOUT = 1800.0
 """Seconds after which a call of the client is given up."""
 HEADER = 7
 """Bytes of a file that holds nothing yet: the client writes in blocks of 32 KiB, and the rest when the run ends."""
-UNREADABLE = "Failed to read"
-"""How the client's message about a broken .wandb file begins."""
+BROKEN = "transactionlog:"
+"""In the client's messages about a .wandb file that is damaged: it pushes what lies before the damage."""
 NOT_RUNS = {"wandb", "checkpoints", "evaluations", "launch"}
 ASIDE = ("WANDB_MODE", "WANDB_SILENT", "WANDB_QUIET")
 """Set on many clusters for the jobs' sake; they would keep the client offline or hide why it failed."""
@@ -74,8 +74,9 @@ def pending(run: Path) -> list[Path]:
 def push(runs: Sequence[Path]) -> Iterator[tuple[Path, list[Path], str]]:
     """Push what is new; yields (run, files pushed, why another failed or "") for each run that has something new.
 
-    Starts of one run are pushed in their order; when one fails, those after it wait, except after a file that cannot
-    be read. Where no file of a batch arrives, the runs after it are not tried and yielded with the same reason.
+    Starts of one run are pushed in their order; when one fails, those after it wait. A damaged file fails once: it
+    holds up no other and is not tried again unless it grows. Where no file of a batch arrives, the runs after it are
+    not tried and yielded with the same reason.
 
     Raises:
         UserError: the client cannot log in.
@@ -90,12 +91,13 @@ def push(runs: Sequence[Path]) -> Iterator[tuple[Path, list[Path], str]]:
             sizes = {file: file.stat().st_size for file in now.values()}  # before: what grows meanwhile is new
             reasons = _call_client(list(sizes))
             for run, file in now.items():
-                if reason := reasons.get(file, ""):
-                    failures[run] = failures[run] or reason
-                    if not reason.startswith(UNREADABLE):
-                        waiting[run].clear()
-                else:
-                    _remember(run, file, sizes[file])
+                reason = reasons.get(file, "")
+                failures[run] = failures[run] or reason
+                if reason and BROKEN not in reason:
+                    waiting[run].clear()
+                    continue
+                _remember(run, file, sizes[file])
+                if not reason:
                     done[run].append(file)
         if not any(done.values()):
             lost = failures[batch[0]]
@@ -127,10 +129,9 @@ def _call_client(files: list[Path]) -> dict[Path, str]:
         reason = (lines or [f"it ended with code {ended.returncode}"])[-1].removeprefix("Error: ")
         raise UserError(f"`wandb sync` did not begin: {reason}")
     failures = {file: reason for file in files if (reason := _why_failed(file, lines))}
-    unreadable = {file: reason for file, reason in failures.items() if reason.startswith(UNREADABLE)}
-    rest = [file for file in files if file not in unreadable]
-    if unreadable and rest:  # one such file keeps the client from starting with the others
-        return unreadable | _call_client(rest)
+    begun = [file for file in files if not failures.get(file, "").startswith("Failed to read")]
+    if failures and 0 < len(begun) < len(files):  # one such file keeps the client from starting with the others
+        return {file: failures[file] for file in files if file not in begun} | _call_client(begun)
     return failures
 
 
@@ -140,7 +141,8 @@ def _why_failed(file: Path, lines: list[str]) -> str:
     Its exit code and its .synced marker do not say: it ends with 0 and leaves the marker when the server went away.
     """
     run_id = file.stem.removeprefix("run-")
-    about = [line for line in lines if run_id in line]
+    own = str(Path(*file.resolve().parts[-4:-1]))  # of the path, which the client prints as it likes
+    about = [line for line in lines if own in line or (run_id in line and "offline-run-" not in line)]
     errors = [line.removeprefix("ERROR ") for line in about if line.startswith("ERROR")]
     torn = [line for line in errors if "incomplete record" in line]  # all before it was pushed: a live or killed run's
     for reason in errors:
@@ -150,7 +152,7 @@ def _why_failed(file: Path, lines: list[str]) -> str:
     if torn or any("Finished syncing" in line for line in about):
         return ""
     others = [line.removeprefix("ERROR ") for line in lines if line.startswith("ERROR")]
-    return f"`wandb sync` did not come to it: {(others or lines or ['it said nothing'])[0]}"
+    return f"`wandb sync` did not come to it: {(others or lines or ['it said nothing'])[-1]}"
 
 
 def _pushed(run: Path) -> dict[str, int]:
@@ -191,8 +193,8 @@ def sync(folders: Sequence[Path]) -> str:
     if failures:
         run, reason = failures[0]
         raise UserError(
-            f"{len(failures)} of {len(runs)} runs could not be pushed to W&B, the first {run}: {reason}; "
-            "they stay as they are: run launch.sync again."
+            f"{len(failures)} of {len(runs)} runs could not be pushed whole to W&B, the first {run}: "
+            f"{reason.rstrip('.')}. Nothing is lost here: run launch.sync again."
         )
     return f"pushed {count} of {len(runs)} runs" if count else f"nothing new in {len(runs)} runs"
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ for line in sys.stdin:  # a live run goes on as it is told
     for _ in range(int(line)):
         step += 1
         sink.write({"step": step, "loss": 1 / step, "start": start, "filling": "x" * 1000})
-    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    file = max(folder.glob("wandb/offline-run-*/*.wandb"))
     while file.stat().st_size < step * 700:  # the client writes behind
         time.sleep(0.05)
     print(step, flush=True)
@@ -80,6 +81,19 @@ def sync(server: WandbServer, folder: Path, *words: str, key: str = KEY) -> subp
     return done
 
 
+@contextmanager
+def started(words: list[str], folder: Path, home: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that reads and writes lines; killed at the end if it still runs."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        words, cwd=folder, env=home, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 @pytest.fixture
 def server() -> Iterator[WandbServer]:
     with wandb_server() as server:
@@ -124,8 +138,7 @@ def test_each_start_is_pushed_once(server: WandbServer, run: Path, tmp_path: Pat
 def test_a_live_run_and_what_follows_its_death_arrive_once(server: WandbServer, run: Path, tmp_path: Path) -> None:
     """The file of a start that still logs, pushed as it grows, the torn one that SIGKILL leaves, and the next start."""
     arguments = [sys.executable, "-c", LOG, str(run), "second", "5", "100"]
-    home = environment(tmp_path)
-    with subprocess.Popen(arguments, env=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as live:
+    with started(arguments, tmp_path, environment(tmp_path)) as live:
         assert live.stdin is not None
         assert live.stdout is not None
         print(100, file=live.stdin, flush=True)
@@ -144,9 +157,11 @@ def test_a_live_run_and_what_follows_its_death_arrive_once(server: WandbServer, 
 
         print(200, file=live.stdin, flush=True)
         assert live.stdout.readline() == "600\n"
-        live.send_signal(signal.SIGKILL)
+        live.kill()
     file = max(run.glob("wandb/offline-run-*/*.wandb"))
-    os.truncate(file, file.stat().st_size - 500)
+    torn = tmp_path / "torn"
+    torn.write_bytes(file.read_bytes()[:-500])
+    torn.replace(file)  # the client's own process may outlive the run's and write on
 
     log(run, "third", 120, 130)
     done = sync(server, tmp_path)
@@ -166,7 +181,7 @@ def test_what_did_not_arrive_is_pushed_again(server: WandbServer, run: Path, tmp
     server.refused = "/files/"
     failed = sync(server, tmp_path)
     assert failed.returncode == 2
-    assert "1 of 1 runs could not be pushed to W&B, the first runs/byol: " in failed.stderr
+    assert "1 of 1 runs could not be pushed whole to W&B, the first runs/byol: " in failed.stderr
     assert failed.stderr.count("\n") == 1
     assert list(run.glob("wandb/offline-run-*/*.synced"))
 
@@ -197,8 +212,7 @@ def test_no_key(server: WandbServer, run: Path, tmp_path: Path) -> None:
 def test_every_goes_on_after_a_failure(server: WandbServer, run: Path, tmp_path: Path) -> None:
     server.refused = "/graphql"
     words = [sys.executable, "-u", "-m", "launch.sync", "--every", "1"]
-    home = environment(tmp_path, server)
-    with subprocess.Popen(words, cwd=tmp_path, env=home, stdout=-1, stderr=subprocess.STDOUT, text=True) as process:
+    with started(words, tmp_path, environment(tmp_path, server)) as process:
         assert process.stdout is not None
         assert "Trying again in 1 s." in process.stdout.readline()
         server.refused = ""
@@ -209,18 +223,22 @@ def test_every_goes_on_after_a_failure(server: WandbServer, run: Path, tmp_path:
         assert process.wait() == 130
 
 
-def test_a_broken_file_holds_up_no_other(server: WandbServer, run: Path, tmp_path: Path) -> None:
-    """A start whose file cannot be read, before a good one of its run and beside another run."""
+def test_a_damaged_file_holds_up_no_other(server: WandbServer, run: Path, tmp_path: Path) -> None:
+    """A start that is no W&B file and one with a hole, before a good one of their run and beside another run."""
     other = tmp_path / "runs" / "sweeps" / "demo" / "other"
     shutil.copytree(run, other, symlinks=True)
-    broken = run / "wandb" / "offline-run-20260101_000000-broken" / "run-broken.wandb"
-    broken.parent.mkdir()
-    broken.write_bytes(b"no W&B file" * 10)
+    (good,) = run.glob("wandb/offline-run-*/*.wandb")
+    content = bytearray(good.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 300] = bytes(300)
+    for day, damaged in ((1, b"no W&B file" * 10), (2, content)):
+        folder = run / "wandb" / f"offline-run-2026010{day}_000000-{good.parent.name.rpartition('-')[2]}"
+        folder.mkdir()
+        (folder / good.name).write_bytes(damaged)
     done = sync(server, tmp_path)
     assert done.returncode == 2
-    assert "runs/byol: pushed 1 start" in done.stdout
-    assert "runs/sweeps/demo/other: pushed 1 start" in done.stdout
-    assert "1 of 2 runs could not be pushed to W&B, the first runs/byol: Failed to read" in done.stderr
+    assert "runs/byol: pushed 1 start, " in done.stdout
+    assert "runs/sweeps/demo/other: pushed 1 start, " in done.stdout
+    assert "1 of 2 runs could not be pushed whole to W&B, the first runs/byol: Failed to read" in done.stderr
     assert sync(server, tmp_path).stdout == "nothing new in 2 runs\n"
 
 
