@@ -80,6 +80,18 @@ def test_a_preemption_announced_by_usr2_loses_nothing(cluster: Cluster, unbroken
     assert_identical(folder, unbroken)
 
 
+def test_the_same_run_with_plain_srun(cluster: Cluster, unbroken: Path) -> None:
+    """slurm/pretrain.sbatch, without submitit, killed and requeued by the same rules."""
+    shape = ("--partition=dev", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
+    folder = cluster.folder / "runs" / "plain"
+    job = cluster.sbatch(*shape, "slurm/pretrain.sbatch", str(cluster.config), "name=plain")
+    cluster.wait_for_step(folder, 6)
+    kill(cluster.ranks(job)[:1])
+    assert cluster.wait_for_end(job, folder) == "COMPLETED"
+    assert starts(folder)[1] == (1, STEPS_PER_EPOCH, "finished", "")
+    assert_identical(folder, unbroken)
+
+
 def test_a_time_limit_shorter_than_the_run_loses_nothing(cluster: Cluster) -> None:
     folder, job = cluster.pretrain("limit", "train.epochs=16", "--set", "minutes=2", "--set", "signal_seconds=60")
     assert cluster.wait_for_end(job, folder) == "COMPLETED"
