@@ -52,15 +52,17 @@ class Job:
 def _hand_over() -> None:
     """Let submitit's handler of USR2 requeue the job: rank 0 does not come back from it, the others do.
 
-    Slurm may have requeued the job itself by then, which makes ``scontrol requeue`` fail: the batch script, which gets
-    this task's code 75 then, looks at the job's state.
+    It may fail: Slurm has requeued the job itself, the job has restarted often enough, a container has no scontrol. The
+    batch script, which gets this task's code 75 then, looks at the job's state and at the restarts.
     """
+    from submitit.core.utils import UncompletedJobError
+
     handler = signal.getsignal(signal.SIGUSR2)
     if callable(handler):
         try:
             handler(signal.SIGUSR2, None)
-        except subprocess.SubprocessError as error:
-            print(f"launch: scontrol requeue failed ({error}); the batch script decides.", flush=True)
+        except (subprocess.SubprocessError, OSError, UncompletedJobError) as error:
+            print(f"launch: submitit did not requeue ({error}); the batch script decides.", flush=True)
 
 
 def _announce_ranks() -> None:
