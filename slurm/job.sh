@@ -24,11 +24,14 @@ finish() {
   local code=$1 max_restarts=$2 restarts=${SLURM_RESTART_COUNT:-0} state said
   if ((code > 200 && code < 250)); then exit $((code - 200)); fi
   if ((code != 75 && code < 128)); then exit "$code"; fi
-  state=$(scontrol --oneliner show job "$_job" | sed -n 's/.* JobState=\([A-Z_]*\) .*/\1/p')
-  if [ "$state" != RUNNING ]; then # cancelled, or preempted: Slurm has requeued it already
+  state=$(scontrol --oneliner show job "$_job" | sed -n 's/.* JobState=\([A-Z_]*\) Reason=\([^ ]*\) .*/\1 \2/p')
+  case $state in
+  "RUNNING "* | "SIGNALING "* | "COMPLETING TimeLimit") ;;
+  *) # cancelled, which requeueing would undo, or preempted, and Slurm has requeued it already
     echo "slurm/job.sh: ended with code $code; Slurm says $state and decides what becomes of it"
     exit "$code"
-  fi
+    ;;
+  esac
   if ((restarts >= max_restarts)); then
     echo "slurm/job.sh: ended with code $code after $restarts restarts, as many as max_restarts allows: not requeued"
     exit "$code"

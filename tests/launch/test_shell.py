@@ -43,7 +43,7 @@ echo "$*" >> "$0.calls"
 case "$*" in
   "show hostnames gpu[3-4]") printf 'gpu3\\ngpu4\\n' ;;
   "--oneliner show node gpu3") echo "NodeName=gpu3 Arch=x86_64 NodeAddr=10.1.0.3 NodeHostName=gpu3 State=IDLE" ;;
-  "--oneliner show job "*) echo "JobId=7 JobName=x Priority=1 JobState=$STATE Reason=None Requeue=1" ;;
+  "--oneliner show job "*) echo "JobId=7 JobName=x Priority=1 JobState=$STATE Reason=${REASON:-None} Requeue=1" ;;
   "requeue "*) [ -z "$REFUSAL" ] || { echo "$REFUSAL" >&2; exit 1; } ;;
   *) exit 9 ;;
 esac
@@ -121,14 +121,26 @@ def test_a_node_that_scontrol_does_not_describe_is_met_by_its_name(batch: Batch)
 
 
 @pytest.mark.parametrize("restarts", [0, CAP - 1, CAP])
-@pytest.mark.parametrize("state", ["RUNNING", "COMPLETING", "PENDING", "CANCELLED"])
-def test_how_a_job_ends_and_whether_it_starts_again(batch: Batch, state: str, restarts: int) -> None:
+@pytest.mark.parametrize(
+    ("state", "reason", "is_ours"),
+    [
+        ("RUNNING", "None", True),
+        ("SIGNALING", "None", True),
+        ("COMPLETING", "TimeLimit", True),  # out of time
+        ("COMPLETING", "None", False),  # cancelled: requeueing would undo it
+        ("PENDING", "BeginTime", False),  # preempted: Slurm has requeued it
+        ("CANCELLED", "None", False),
+    ],
+)
+def test_how_a_job_ends_and_whether_it_starts_again(
+    batch: Batch, state: str, reason: str, is_ours: bool, restarts: int
+) -> None:
     """By the code of its one task, the job's state and how often it restarted."""
     found, expected = {}, {}
     for code, final in CODES.items():
-        ended, said = batch.run(str(code), state, SLURM_RESTART_COUNT=str(restarts))
+        ended, said = batch.run(str(code), state, SLURM_RESTART_COUNT=str(restarts), REASON=reason)
         found[code] = ended, batch.requeued(), batch.calls("sleep")
-        again = code in AGAIN and state == "RUNNING" and restarts < CAP
+        again = code in AGAIN and is_ours and restarts < CAP
         expected[code] = final, ["7"] if again else [], ["60"] if again else []
         assert bool(said) == (code in AGAIN)
     assert found == expected
