@@ -145,14 +145,19 @@ def preempt(folder: Path) -> None:
 
 
 def lose_node(folder: Path) -> None:
-    """The node falls silent: its slurmd dies, and with it whatever it ran."""
+    """The node falls silent: its slurmd and step daemons die first, which would tell, then whatever they ran."""
     job = lines(folder / "submissions.jsonl")[-1]["job"]
     node = run("squeue", "--noheader", "--job", job, "--format=%N").strip()
-    os.kill(int((CONF.parent / "pid" / f"slurmd-{node}").read_text()), signal.SIGKILL)
-    for path in Path("/proc").glob("[0-9]*"):
+    home = str(CONF.parent / "cwd" / f"slurmd-{node}")
+    _kill(lambda process: os.readlink(process / "cwd") == home)
+    _kill(lambda process: f"SLURM_JOB_ID={job}".encode() in (process / "environ").read_bytes().split(b"\0"))
+
+
+def _kill(condition: Callable[[Path], bool]) -> None:
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            if f"SLURM_JOB_ID={job}".encode() in (path / "environ").read_bytes().split(b"\0"):
-                os.kill(int(path.name), signal.SIGKILL)
+            if condition(process):
+                os.kill(int(process.name), signal.SIGKILL)
         except OSError:
             continue
 

@@ -115,17 +115,22 @@ class Cluster:
         """The ranks of a job: Python under task.sh, without loader processes."""
         return [pid for pid in self.pids(job) if "task.sh" in _command(_parent(pid)) and "task.sh" not in _command(pid)]
 
+    def daemons(self, node: str) -> list[int]:
+        """A node's slurmd and the step daemons that it started, which would still report that a task died."""
+        folder = str(ROOT / ".dev-cluster" / "cwd" / f"slurmd-{node}")
+        return [pid for pid in _every_pid() if _folder_of(pid) == folder]
+
     def pids(self, job: str) -> list[int]:
         """Processes that have the job's number in their environment."""
         found = []
-        for path in Path("/proc").glob("[0-9]*"):
+        for pid in _every_pid():
             try:
-                variables = (path / "environ").read_bytes().split(b"\0")
+                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             except OSError:
                 continue
             if f"SLURM_JOB_ID={job}".encode() in variables:
-                found.append(int(path.name))
-        return sorted(found)
+                found.append(pid)
+        return found
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -163,6 +168,17 @@ def assert_identical(run: Path, other: Path) -> None:
         first, second = (checkpoint.load_part(path, part) for path in newest if path)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _every_pid() -> list[int]:
+    return sorted(int(path.name) for path in Path("/proc").glob("[0-9]*"))
+
+
+def _folder_of(pid: int) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/cwd")
+    except OSError:
+        return ""
 
 
 def _command(pid: int) -> str:

@@ -142,7 +142,7 @@ def test_a_lost_node(cluster: Cluster, with_its_tasks: bool) -> None:
         node = cluster.facts(job)["NodeList"]
         slurmd = int((ROOT / ".dev-cluster" / "pid" / f"slurmd-{node}").read_text())
         old = cluster.pids(job)
-        kill([slurmd])
+        kill(cluster.daemons(node) if with_its_tasks else [slurmd])
         if with_its_tasks:
             kill(old)
         else:  # asleep, as behind a broken network: they would be done before Slurm misses the node
