@@ -21,6 +21,7 @@ from launch.job import Job
 from launch.plan import Run, Todo, find_todo, submit_runs
 from launch.pretrain import alive_job, check_submission, freeze
 from launch.status import NUM_SHOWN, draw
+from launch.table import collect_table
 from tracekin.config import UserError, to_yaml
 
 POLL_SECONDS = 5
@@ -159,10 +160,8 @@ def _watch(folder: Path) -> int:
         if not alive_job(folder, "table"):
             break
         time.sleep(POLL_SECONDS)
-    table = folder / "table.md"
-    click.echo(
-        table.read_text(encoding="utf-8") if table.is_file() else f"{table} was not made; see launch.logs {folder}"
-    )
+    click.echo(collect_table(folder, publish=False))
+    click.echo(f"written: {folder / 'table.csv'} {folder / 'table.md'} {folder / 'table.html'}")
     _, planned = read_plan(folder)
     return 0 if all(runs.is_finished(p.run) and list((p.run / "evaluations").glob("*.json")) for p in planned) else 1
 
