@@ -180,11 +180,12 @@ def _first_config(planned: Sequence[Planned]) -> Config | None:
 @click.argument("sweep", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the tables; the sweep's own by default.")
 def main(sweep: Path, out: Path | None) -> None:
-    """Collect the table of SWEEP, a sweep's YAML file or folder, from what is done by now.
+    """Collect the table of SWEEP, a sweep's name, folder or YAML file, from what is done by now.
 
     Writes table.csv, table.md and table.html and prints the groups over seeds.
     """
-    folder = sweep if sweep.is_dir() else sweep_folder(read_sweep(sweep))
+    named = [path for path in (sweep, jobs.ROOT / "sweeps" / sweep) if path.is_dir()]
+    folder = named[0] if named else sweep_folder(read_sweep(sweep))
     if not folder.is_dir():
         raise UserError(f"{folder} is not there: nothing of {sweep} was submitted; do so with python -m launch.sweep.")
     click.echo(collect_table(folder, out=out, publish=False))

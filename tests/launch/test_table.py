@@ -120,8 +120,8 @@ def test_an_evaluation_of_an_earlier_step_or_other_settings_does_not_count(
     assert "trained, not evaluated" in shown
 
 
-def test_the_command_takes_the_file_or_the_folder(sweep: list[Element], tmp_path: Path) -> None:
-    for given in ("demo.yaml", str(FOLDER)):
+def test_the_command_takes_the_file_the_folder_or_the_name(sweep: list[Element], tmp_path: Path) -> None:
+    for given in ("demo.yaml", str(FOLDER), "demo"):
         main.main([given, "--out", str(tmp_path / "out")], standalone_mode=False)
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["table.csv", "table.html", "table.md"]
     Path("other.yaml").write_text(Path("demo.yaml").read_text(), encoding="utf-8")
