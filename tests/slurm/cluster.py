@@ -121,14 +121,18 @@ class Cluster:
         return [pid for pid in _every_pid() if _folder_of(pid) == folder]
 
     def pids(self, job: str) -> list[int]:
-        """Processes that have the job's number in their environment."""
+        """Processes that have the job's number, ``12`` or ``12_3``, in their environment."""
+        master, _, element = job.partition("_")
+        marks = (
+            {f"SLURM_ARRAY_JOB_ID={master}", f"SLURM_ARRAY_TASK_ID={element}"} if element else {f"SLURM_JOB_ID={job}"}
+        )
         found = []
         for pid in _every_pid():
             try:
-                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                variables = set(Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0"))
             except OSError:
                 continue
-            if f"SLURM_JOB_ID={job}".encode() in variables:
+            if marks <= variables:
                 found.append(pid)
         return found
 

@@ -93,12 +93,12 @@ def test_the_same_run_with_plain_srun(cluster: Cluster, unbroken: Path) -> None:
 
 
 def test_a_time_limit_shorter_than_the_run_loses_nothing(cluster: Cluster) -> None:
-    folder, job = cluster.pretrain("limit", "train.epochs=16", "--set", "minutes=2", "--set", "signal_seconds=60")
+    folder, job = cluster.pretrain("limit", "train.epochs=14", "--set", "minutes=2", "--set", "signal_seconds=60")
     assert cluster.wait_for_end(job, folder) == "COMPLETED"
     found = starts(folder)
     assert len(found) >= 2
     assert all(start[2:] == ("preempted", "USR2") for start in found[:-1])
-    assert [line["step"] for line in lines(folder / "metrics.jsonl")] == list(range(1, 16 * STEPS_PER_EPOCH + 1))
+    assert [line["step"] for line in lines(folder / "metrics.jsonl")] == list(range(1, 14 * STEPS_PER_EPOCH + 1))
 
 
 def test_a_killed_rank_is_a_restart_and_costs_an_epoch_at_most(cluster: Cluster, unbroken: Path) -> None:
@@ -120,17 +120,6 @@ def test_what_is_cancelled_stays_cancelled(cluster: Cluster) -> None:
     assert start[2:] == ("preempted", "TERM")  # it saved what it had
     assert "cancelled" in cluster.launch("status", str(folder))
     assert cluster.facts(job)["Restarts"] == "0"
-
-
-def test_a_program_error_is_not_repeated(cluster: Cluster) -> None:
-    folder, job = cluster.pretrain("broken", "optimiser.lr=1e30")
-    assert cluster.wait_for_end(job, folder) == "FAILED"
-    assert cluster.facts(job)["ExitCode"] == "1:0"
-    assert cluster.facts(job)["Restarts"] == "0"
-    ((_, _, outcome, cause),) = starts(folder)
-    assert outcome == "failed"
-    assert cause.startswith("FloatingPointError: the loss is")
-    assert "FloatingPointError" in cluster.launch("status", str(folder))
 
 
 @pytest.mark.parametrize("with_its_tasks", [False, True], ids=["slurmd-alone", "slurmd-and-tasks"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.slurm.cluster import Cluster, lines
+from tests.slurm.cluster import Cluster, kill, lines, starts
 
 
 def write_sweep(cluster: Cluster, **more: object) -> Path:
@@ -27,23 +27,33 @@ def test_a_sweep_ends_with_its_table_and_starts_only_what_is_missing(cluster: Cl
     grid = {"mining.policy": ["none", "tracin_cosine"], "optimiser.lr": [0.05, 1e30]}
     sweep = str(write_sweep(cluster, grid=grid, exclude=[]))
     profile = ("--profile", str(cluster.profile), "--set", "nodes=1")
-    shown = cluster.launch("sweep", sweep, *profile, "--wait", code=1)  # two of the four cannot train
-    assert "4 runs; submitted 4 trainings, 4 evaluations and the table" in shown
+    assert "submitted 4 trainings, 4 evaluations and the table" in cluster.launch("sweep", sweep, *profile)
     folder = cluster.folder / "runs" / "sweeps" / "grid"
+    (killed,) = folder.glob("tracin_cosine-lr0.05-*")
+    element = lines(killed / "submissions.jsonl")[0]["job"]
+    cluster.wait_for_step(killed, 1)
+    kill(cluster.ranks(element))  # it is started again, alone, and its evaluation waits
+    shown = cluster.launch("sweep", sweep, *profile, "--wait", code=1)  # two of the four cannot train
+    assert "Nothing is submitted" in shown
     runs = sorted(path for path in folder.iterdir() if (path / "submissions.jsonl").is_file())
     jobs = {line["job"] for run in runs for line in lines(run / "submissions.jsonl")}
     assert len(jobs) == 8
     assert len({job.partition("_")[0] for job in jobs}) == 2  # two arrays
 
+    assert [start[0] for start in starts(killed)] == [0, 1]
     rows = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
     states = {(row["mining.policy"], float(row["optimiser.lr"])): row["state"] for row in rows}
     assert states[("none", 0.05)] == states[("tracin_cosine", 0.05)] == "done"
     assert states[("none", 1e30)] == states[("tracin_cosine", 1e30)] == "pretrain failed"
     assert "failed" in (folder / "table.md").read_text()
     assert "failed" in (folder / "table.html").read_text()
-    assert "failed" in cluster.launch("status", str(folder))
-    evaluations = [job for job in jobs if cluster.state(job) == "CANCELLED"]
-    assert len(evaluations) == 2  # those of the failed elements, by --kill-on-invalid-dep
+    facts = {job: cluster.facts(job) for job in jobs}
+    cancelled = [job for job in jobs if facts[job]["JobState"] == "CANCELLED"]
+    assert len(cancelled) == 2  # the evaluations of the failed elements, by --kill-on-invalid-dep
+    failed = [facts[job] for job in jobs if facts[job]["JobState"] == "FAILED"]
+    assert [(fact["ExitCode"], fact["Restarts"]) for fact in failed] == [("1:0", "0")] * 2  # not tried again
+    shown = cluster.launch("status", str(folder))
+    assert shown.count("FloatingPointError: the loss is") == 2
 
     # Without the elements that fail everything is there, and the same runs keep their names.
     sound = str(write_sweep(cluster, grid={**grid, "optimiser.lr": [0.05]}, exclude=[]))
@@ -55,12 +65,17 @@ def test_a_sweep_ends_with_its_table_and_starts_only_what_is_missing(cluster: Cl
     assert "# 6 runs, 2 finished; to submit: 4 trainings, 4 evaluations" in shown
 
 
-def test_evaluations_are_submitted_for_runs_too(cluster: Cluster) -> None:
-    folder, _ = cluster.pretrain("scored", "train.epochs=1")
+def test_a_run_is_followed_and_evaluated(cluster: Cluster) -> None:
+    folder, job = cluster.pretrain("scored", "train.epochs=1")
     words = ["knn_k=5", "bootstrap=20", "workers=0", "linear_c=[0.1]"]
     cluster.launch("evaluate", str(folder), *words, "--profile", str(cluster.profile))  # it waits for the training
-    job = lines(folder / "submissions.jsonl")[-1]["job"]
-    assert cluster.wait_for_end(job, folder) == "COMPLETED"
+    evaluation = lines(folder / "submissions.jsonl")[-1]["job"]
+    text = cluster.launch("logs", job, "--follow")
+    assert "step 4/4" in text
+    assert "done in" in text
+    assert "step 4/4" not in cluster.launch("logs", job, "--rank", "1")
+    assert "0, 1" in cluster.launch("logs", job, "--rank", "7", code=2)
+    assert cluster.wait_for_end(evaluation, folder) == "COMPLETED"
     assert list((folder / "evaluations").glob("step-00000004-*.json"))
 
 
@@ -72,12 +87,3 @@ def test_an_archive_is_packed_by_an_array_and_joined(cluster: Cluster) -> None:
     assert [line["stage"] for line in last] == ["pack"] * 3 + ["merge"]
     assert cluster.wait_for_end(last[-1]["job"]) == "COMPLETED"
     assert (out / "manifest.json").is_file()
-
-
-def test_logs_follow_a_job_to_its_end(cluster: Cluster) -> None:
-    folder, job = cluster.pretrain("followed", "train.epochs=1")
-    text = cluster.launch("logs", str(folder), "--follow")
-    assert "step 4/4" in text
-    assert "done in" in text
-    assert "step 4/4" not in cluster.launch("logs", job, "--rank", "1")
-    assert "0, 1" in cluster.launch("logs", job, "--rank", "7", code=2)
