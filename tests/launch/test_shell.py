@@ -232,3 +232,27 @@ def test_a_command_that_dies_by_a_signal_says_so(tmp_path: Path) -> None:
         words = [str(SLURM / "task.sh"), "bash", "-c", f"kill -{int(number)} $$"]
         assert subprocess.run(words, capture_output=True, check=False).returncode == 128 + number
     assert subprocess.run([str(SLURM / "task.sh"), str(tmp_path / "absent")], capture_output=True).returncode == 201
+
+
+def test_the_run_with_plain_srun(batch: Batch) -> None:
+    """slurm/pretrain.sbatch, started in the checkout's root as sbatch starts it."""
+    variables = {
+        "PATH": f"{batch.folder}:/usr/bin:/bin",
+        "SLURM_FOLDER": str(SLURM),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "gpu[3-4]",
+        "SLURM_CPUS_PER_TASK": "12",
+        "TASKS": "137 75",
+        "STATE": "RUNNING",
+    }
+    script = ["bash", "slurm/pretrain.sbatch"]
+    done = subprocess.run(script, cwd=SLURM.parent, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout.startswith("usage: sbatch")
+    assert batch.calls("srun") == []
+    words = [*script, "c.yaml", "name=a b"]
+    done = subprocess.run(words, cwd=SLURM.parent, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 137
+    assert batch.calls("srun") == ["--kill-on-bad-exit=1 slurm/task.sh .venv/bin/tracekin pretrain c.yaml name=a b"]
+    assert batch.environment()["SRUN_CPUS_PER_TASK"] == "12"
+    assert batch.requeued() == ["7"]
