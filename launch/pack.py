@@ -12,6 +12,7 @@ from launch.command import run
 from launch.job import Job
 from launch.pretrain import alive_job
 from launch.submit import script, submit
+from shards.pack import main as pack
 from shards.recipes import RECIPES
 from tracekin.config import UserError
 
@@ -62,6 +63,7 @@ def main(
     parts = [Job("shards.pack", (*words, *common, "--slice", f"{n}/{slices}")) for n in range(slices)]
     if slices == 1:
         parts = [Job("shards.pack", (*words, *common, *table))]
+    pack.make_context("shards.pack", list(parts[0].arguments))  # refuses what shards.pack does not know
     if dry_run:
         click.echo(script(profile, name="pack", logs=logs, code=logs / "code", count=slices))
         return

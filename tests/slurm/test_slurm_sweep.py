@@ -66,22 +66,22 @@ def test_a_sweep_ends_with_its_table_and_starts_only_what_is_missing(cluster: Cl
 
 
 def test_a_run_is_followed_and_evaluated(cluster: Cluster) -> None:
-    folder, job = cluster.pretrain("scored", "train.epochs=1")
+    folder, _ = cluster.pretrain("scored", "train.epochs=1")
     words = ["knn_k=5", "bootstrap=20", "workers=0", "linear_c=[0.1]"]
     cluster.launch("evaluate", str(folder), *words, "--profile", str(cluster.profile))  # it waits for the training
     evaluation = lines(folder / "submissions.jsonl")[-1]["job"]
-    text = cluster.launch("logs", job, "--follow")
+    text = cluster.launch("logs", str(folder), "--follow")
     assert "step 4/4" in text
     assert "done in" in text
-    assert "step 4/4" not in cluster.launch("logs", job, "--rank", "1")
-    assert "0, 1" in cluster.launch("logs", job, "--rank", "7", code=2)
+    assert "step 4/4" not in cluster.launch("logs", str(folder), "--rank", "1")
+    assert "0, 1" in cluster.launch("logs", str(folder), "--rank", "7", code=2)
     assert cluster.wait_for_end(evaluation, folder) == "COMPLETED"
     assert list((folder / "evaluations").glob("step-00000004-*.json"))
 
 
 def test_an_archive_is_packed_by_an_array_and_joined(cluster: Cluster) -> None:
     out = cluster.folder / "phantoms"
-    words = ["--recipe", "phantom", "-o", "lesions=24", "--shard-samples", "8", "--out", str(out)]
+    words = ["--recipe", "phantom", "-o", "lesions=50", "--shard-samples", "8", "--out", str(out)]
     cluster.launch("pack", *words, "--slices", "3", "--profile", str(cluster.profile), "--set", "cpus=1")
     last = lines(cluster.folder / "phantoms.launch" / "submissions.jsonl")
     assert [line["stage"] for line in last] == ["pack"] * 3 + ["merge"]
