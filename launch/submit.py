@@ -113,7 +113,8 @@ def make_executor(
         srun_args=["--kill-on-bad-exit=1", "--open-mode=append"],
         setup=[
             *profile.setup,
-            f"export PYTHONPATH={shlex.quote(_python_path(code))} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1",
+            f"export PYTHONPATH={shlex.quote(_python_path(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            "export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1",
             f"source {shlex.quote(str(code / 'slurm' / 'job.sh'))}",
         ],
         teardown=[f"finish $? {profile.max_restarts}"],

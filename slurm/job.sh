@@ -24,7 +24,11 @@ finish() {
   local code=$1 max_restarts=$2 restarts=${SLURM_RESTART_COUNT:-0} state said
   if ((code > 200 && code < 250)); then exit $((code - 200)); fi
   if ((code != 75 && code < 128)); then exit "$code"; fi
-  state=$(scontrol --oneliner show job "$_job" | sed -n 's/.* JobState=\([A-Z_]*\) Reason=\([^ ]*\) .*/\1 \2/p')
+  for _ in 1 2 3 4 5 6; do # a controller that fails over answers again soon
+    state=$(scontrol --oneliner show job "$_job" | sed -n 's/.* JobState=\([A-Z_]*\) Reason=\([^ ]*\) .*/\1 \2/p')
+    [ -z "$state" ] || break
+    sleep 20
+  done
   case $state in
   "RUNNING "* | "SIGNALING "* | "COMPLETING TimeLimit") ;;
   *) # cancelled, which requeueing would undo, or preempted, and Slurm has requeued it already

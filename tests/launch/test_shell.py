@@ -120,6 +120,16 @@ def test_a_node_that_scontrol_does_not_describe_is_met_by_its_name(batch: Batch)
     assert batch.environment()["MASTER_ADDR"] == "gpu3"
 
 
+@pytest.mark.parametrize(("silent", "again"), [(2, True), (9, False)])
+def test_a_controller_that_does_not_answer_is_asked_again(batch: Batch, silent: int, again: bool) -> None:
+    asked = f'"--oneliner show job "*) [ $(grep -c "show job" "$0.calls") -le {silent} ] || echo'
+    text = SCONTROL.replace('"--oneliner show job "*) echo', asked)
+    (batch.folder / "scontrol").write_text(f"#!/bin/bash\n{text}")
+    ended, _ = batch.run("75")
+    assert (ended, batch.requeued()) == (75, ["7"] if again else [])
+    assert batch.calls("sleep")[:2] == ["20", "20"]
+
+
 @pytest.mark.parametrize("restarts", [0, CAP - 1, CAP])
 @pytest.mark.parametrize(
     ("state", "reason", "is_ours"),

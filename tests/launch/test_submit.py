@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -88,10 +89,11 @@ def test_srun_ends_all_tasks_with_one_and_appends_to_logs_of_earlier_starts(fake
 def test_the_snapshot_precedes_whatever_else_python_would_find(fake: Slurm) -> None:
     lines = written(Profile(setup=("export A=b",))).splitlines()
     (found,) = (line for line in lines if "PYTHONPATH" in line)
-    words = shlex.split(found)
-    path = next(word.partition("=")[2] for word in words if word.startswith("PYTHONPATH="))
-    assert path.split(":")[:2] == [f"{CODE}/src", str(CODE)]
-    assert "PYTHONSAFEPATH=1" in words
+    shell = ["bash", "-c", f'{found}; echo "$PYTHONPATH"']
+    for before, after in (("/site/lib", ":/site/lib"), ("", "")):
+        done = subprocess.run(shell, env={"PYTHONPATH": before}, capture_output=True, text=True, check=True)
+        assert done.stdout == f"{CODE}/src:{CODE}{after}\n"
+    assert "export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1" in lines
     order = [lines.index("export A=b"), lines.index(found), lines.index(f"source {CODE}/slurm/job.sh")]
     assert order == sorted(order)
     assert order[-1] < next(n for n, line in enumerate(lines) if line.startswith("srun "))
