@@ -43,6 +43,7 @@ finish() {
   echo "slurm/job.sh: ended with code $code; requeue, restart $((restarts + 1)) of at most $max_restarts"
   if said=$(scontrol requeue "$_job" 2>&1) || [[ $said == *"pending execution"* ]]; then
     sleep 60 # Slurm ends this script
+    exit "$code"
   fi
   echo "slurm/job.sh: scontrol requeue: $said"
   exit "$code"

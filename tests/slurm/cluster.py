@@ -32,7 +32,6 @@ class Cluster:
     def __init__(self, folder: Path, checkout: Path) -> None:
         self.folder, self.checkout = folder, checkout
         config = {
-            "folder": str(folder / "runs"),
             "data": {"manifest": str(folder / "data" / "manifest.json"), "image_size": 16, "workers": 1},
             "model": {"projector_hidden": 16, "projection": 8, "predictor_hidden": 16},
             "train": {"epochs": 7, "global_batch": 16, "precision": "fp32", "log_every": 1, "threads": 1},
@@ -66,7 +65,7 @@ class Cluster:
     def pretrain(self, name: str, *words: str) -> tuple[Path, str]:
         """Submit the tiny run under a name; its folder and its job."""
         self.launch("pretrain", str(self.config), f"name={name}", "--profile", str(self.profile), *words)
-        folder = self.folder / "runs" / name
+        folder = self.checkout / "runs" / name
         return folder, lines(folder / "submissions.jsonl")[-1]["job"]
 
     def sbatch(self, *words: str) -> str:

@@ -83,7 +83,7 @@ def test_a_preemption_announced_by_usr2_loses_nothing(cluster: Cluster, unbroken
 def test_the_same_run_with_plain_srun(cluster: Cluster, unbroken: Path) -> None:
     """slurm/pretrain.sbatch, without submitit, killed and requeued by the same rules."""
     shape = ("--partition=dev", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
-    folder = cluster.folder / "runs" / "plain"
+    folder = cluster.checkout / "runs" / "plain"
     job = cluster.sbatch(*shape, "slurm/pretrain.sbatch", str(cluster.config), "name=plain")
     cluster.wait_for_step(folder, 6)
     kill(cluster.ranks(job)[:1])
