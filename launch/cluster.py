@@ -42,7 +42,7 @@ class Profile:
     minutes: int = 60
     """Time limit of a pretraining. A run that needs longer is requeued and goes on."""
     other_minutes: int = 60
-    """Time limit of an evaluation, a table, a slice of a packing."""
+    """Time limit of an evaluation, a table, a slice of a packing; USR2 leads it by half of it at most."""
     signal_seconds: int = 120
     """How long before the time limit Slurm sends USR2, upon which the run saves and is requeued."""
     max_restarts: int = 50
@@ -79,7 +79,8 @@ class Profile:
 
     def of_one_task(self) -> "Profile":
         """The same site for a job of one task, with at most one GPU."""
-        return replace(self, nodes=1, gpus=min(1, self.gpus), tasks=1, minutes=self.other_minutes)
+        lead = min(self.signal_seconds, 30 * self.other_minutes)
+        return replace(self, nodes=1, gpus=min(1, self.gpus), tasks=1, minutes=self.other_minutes, signal_seconds=lead)
 
 
 def read_profile(name: str, overrides: Sequence[str] = (), cluster: str | None = None) -> Profile:
@@ -141,6 +142,11 @@ def check_profile(profile: Profile) -> None:
     limit = _minutes((slurm.partition(name, profile.slurm_conf) or {}).get("MaxTime", "UNLIMITED"))
     if limit is not None and profile.minutes > limit:
         raise UserError(f"minutes={profile.minutes}: partition {name} allows {limit}; a longer run is requeued anyway.")
+
+
+def longest_array(profile: Profile) -> int:
+    """Elements that Slurm takes in one array; 1 where it takes no arrays."""
+    return max(1, int(slurm.settings(profile.slurm_conf).get("MaxArraySize", "1001")))
 
 
 def check_grace(profile: Profile, config: Config) -> None:

@@ -1,14 +1,16 @@
 """Submit evaluations: ``python -m launch.evaluate RUN... [key=value ...] --profile NAME``."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import click
 
 from launch import runs, snapshot
-from launch.cluster import check_profile, read_profile
+from launch.cluster import Profile, check_profile, longest_array, read_profile
 from launch.command import run
 from launch.job import Job
+from launch.plan import Run, Todo, submit_runs
 from launch.pretrain import alive_job
 from launch.submit import script, submit
 from tracekin.config import EvaluateConfig, UserError, load
@@ -20,7 +22,7 @@ from tracekin.config import EvaluateConfig, UserError, load
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Another value in the profile: cpus=4.")
 @click.option("--dry-run", is_flag=True, help="Print the batch script; submit nothing.")
 def main(arguments: tuple[str, ...], name: str, changes: Sequence[str], dry_run: bool) -> None:
-    """Score the encoders of RUNs (folders): one job each, in one array.
+    """Score the encoders of RUNs (folders), one job each.
 
     A run that is still in Slurm is evaluated once it has ended well. KEY=VALUE as
     for tracekin evaluate.
@@ -32,31 +34,51 @@ def main(arguments: tuple[str, ...], name: str, changes: Sequence[str], dry_run:
         raise UserError("no run folder given; name at least one, for example runs/pretrain.")
     load(EvaluateConfig, None, overrides)
     check_profile(profile)
-    waiting = [alive_job(folder, "pretrain") for folder in folders]
-    for folder, job in zip(folders, waiting, strict=True):
-        if not job and not (folder / "checkpoints" / "latest").is_file():
-            raise UserError(f"{folder} has no checkpoint to evaluate and no job in Slurm that would make one.")
+    todo = _find_todo(folders, profile)
+    count = len(todo.evaluate_now) + sum(map(len, todo.evaluate_after.values()))
     logs = folders[0].parent / "launch" if len(folders) > 1 else folders[0] / "launch"
-    awaited = sorted({job.job for job in waiting if job})
-    after = ":".join(["afterok", *awaited]) if awaited else ""
     if dry_run:
-        code = logs / "code"
-        click.echo(script(profile, name="evaluate", logs=logs, code=code, count=len(folders), dependency=after))
+        click.echo(script(profile, name="evaluate", logs=logs, code=snapshot.place(logs), count=count))
         return
-    todo = [Job("tracekin.cli", ("evaluate", str(folder), *overrides)) for folder in folders]
-    ids = submit(todo, profile, name="evaluate", logs=logs, code=snapshot.take(logs), dependency=after)
-    for folder, number in zip(folders, ids, strict=True):
-        runs.record(
-            folder,
-            stage="evaluate",
-            job=number,
-            profile=name,
-            cluster=profile.cluster,
-            slurm_conf=profile.slurm_conf,
-            logs=str(logs),
-            steps=runs.num_steps(folder),
-        )
-    click.echo(f"{len(ids)} evaluation(s): job {ids[0].partition('_')[0]}; then: tracekin report RUN... --out DIR")
+    if todo.is_empty:
+        click.echo("Each of them has an evaluation waiting or running. Nothing is submitted.")
+        return
+    code = snapshot.take(logs)
+    longest = longest_array(profile) if profile.cluster == "slurm" else count
+
+    def send(stage: str, jobs: Sequence[Job], one: Profile, dependency: str) -> list[str]:
+        return submit(jobs, one, name=stage, logs=logs, code=code, dependency=dependency)
+
+    note = partial(runs.record, profile=name, cluster=profile.cluster, slurm_conf=profile.slurm_conf, logs=str(logs))
+    for stage, one, job in submit_runs(todo, profile, overrides, longest, send):
+        note(one.folder, stage=stage, job=job, steps=one.steps or None)
+    click.echo(f"{count} evaluation(s) submitted; then: tracekin report RUN... --out DIR")
+
+
+def _find_todo(folders: Sequence[Path], profile: Profile) -> Todo:
+    """The runs to score now, and those whose training they wait for.
+
+    Raises:
+        UserError: a run without checkpoint that nobody trains, or whose training this profile cannot wait for.
+    """
+    todo = Todo()
+    for folder in folders:
+        one = Run(folder, "", runs.num_steps(folder) or 0, "")
+        training = alive_job(folder, "pretrain")
+        if training and (training.cluster, profile.cluster) != ("slurm", "slurm"):
+            raise UserError(
+                f"{folder} is still being trained (job {training.job}, {training.cluster}), and cluster="
+                f"{profile.cluster} cannot wait for it; evaluate it when it is finished."
+            )
+        if not training and not (folder / "checkpoints" / "latest").is_file():
+            raise UserError(f"{folder} has no checkpoint to evaluate and no job in Slurm that would make one.")
+        if alive_job(folder, "evaluate"):
+            continue
+        if training:
+            todo.evaluate_after.setdefault(training.job, []).append(one)
+        else:
+            todo.evaluate_now.append(one)
+    return todo
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ class SweepConfig:
     evaluate: list[str] = field(default_factory=list)
     """key=value for every evaluation (EvaluateConfig)."""
     parallel: int = 0
-    """Elements that train at the same time at most; 0 sets no limit."""
+    """Elements of one array that run at the same time at most; 0 sets no limit. More elements than Slurm's MaxArraySize
+    are several arrays, and the evaluations are arrays of their own."""
 
     def __post_init__(self) -> None:
         if self.parallel < 0:
@@ -159,8 +160,10 @@ def write_plan(folder: Path, sweep: SweepConfig, planned: Iterable[Element]) -> 
         for element in planned
     ]
     lines = ",\n".join(json.dumps(row) for row in rows)
-    write_text(folder / "elements.json", f"[\n{lines}\n]\n")
-    write_text(folder / "sweep.yaml", to_yaml(sweep))
+    for name, text in (("elements.json", f"[\n{lines}\n]\n"), ("sweep.yaml", to_yaml(sweep))):
+        path = folder / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:  # a table older than its plan is out of date
+            write_text(path, text)
 
 
 def read_plan(folder: Path) -> tuple[SweepConfig, list[Planned]]:

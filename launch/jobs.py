@@ -83,7 +83,7 @@ def cancel(jobs: Collection[Submitted]) -> None:
         slurm.cancel([job.job for job in jobs if job.cluster == "slurm" and job.slurm_conf == conf], conf)
     for job in jobs:
         if job.cluster != "slurm" and _is_here(job):
-            os.kill(int(job.job), signal.SIGINT)  # submitit's controller then ends its ranks
+            os.kill(int(job.job), signal.SIGTERM)  # submitit's controller hands it on to the ranks, which save and end
 
 
 def find_folders(names: Sequence[str], root: Path = ROOT) -> list[Path]:

@@ -65,7 +65,7 @@ def main(
         parts = [Job("shards.pack", (*words, *common, *table))]
     pack.make_context("shards.pack", list(parts[0].arguments))  # refuses what shards.pack does not know
     if dry_run:
-        click.echo(script(profile, name="pack", logs=logs, code=logs / "code", count=slices))
+        click.echo(script(profile, name="pack", logs=logs, code=snapshot.place(logs), count=slices))
         return
     logs.mkdir(mode=0o700, exist_ok=True)  # like OUT.packing: an error may name the source's files
     code = snapshot.take(logs)

@@ -9,7 +9,8 @@ from launch import runs
 from launch.cluster import Profile
 from launch.job import Job
 from launch.jobs import Submitted, is_alive, states, submitted
-from tracekin.config import UserError
+from tracekin.config import EvaluateConfig, UserError
+from tracekin.evaluate.summary import find_evaluation
 
 Submit = Callable[[str, Sequence[Job], Profile, str], list[str]]
 """(name, jobs, profile, dependency) -> their ids."""
@@ -22,6 +23,8 @@ class Run(NamedTuple):
     config: str
     """Path of its resolved config, which its job reads."""
     steps: int
+    manifest: str
+    """Of the data it trains on."""
 
 
 @dataclass
@@ -43,8 +46,12 @@ class Todo:
         return not (self.train or self.evaluate_now or self.evaluate_after)
 
 
-def find_todo(every: Sequence[Run]) -> Todo:
+def find_todo(every: Sequence[Run], evaluation: EvaluateConfig) -> Todo:
     """Compare the runs' folders and Slurm with what a finished sweep has.
+
+    Args:
+        every: the sweep's runs.
+        evaluation: the settings with which they are to be scored; a score with others does not count.
 
     Raises:
         UserError: Slurm does not answer.
@@ -58,7 +65,7 @@ def find_todo(every: Sequence[Run]) -> Todo:
         alive = {stage: job.job for stage, job in lately[run].items() if is_alive(known.get(job))}
         todo.alive += alive.values()
         trained = runs.last_step(run.folder) >= run.steps
-        if trained and is_evaluated(run):
+        if trained and is_evaluated(run, evaluation):
             todo.finished += 1
         elif not trained and "pretrain" not in alive:
             todo.train.append(run)
@@ -70,9 +77,10 @@ def find_todo(every: Sequence[Run]) -> Todo:
     return todo
 
 
-def is_evaluated(run: Run) -> bool:
-    """Whether the run's last checkpoint has been scored."""
-    return any((run.folder / "evaluations").glob(f"step-{run.steps:08d}-*.json"))
+def is_evaluated(run: Run, evaluation: EvaluateConfig) -> bool:
+    """Whether the run's last checkpoint has been scored with these settings."""
+    found = find_evaluation(run.folder, evaluation, run.manifest)
+    return found is not None and found["step"] >= run.steps
 
 
 def submit_runs(

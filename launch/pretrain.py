@@ -78,7 +78,7 @@ def main(
     launch = folder / "launch"
     job_name = loaded.name.replace("/", "-")
     if dry_run:
-        click.echo(script(profile, name=job_name, logs=launch, code=launch / "code"))
+        click.echo(script(profile, name=job_name, logs=launch, code=snapshot.place(launch)))
         click.echo(f"# {launch / 'config.yaml'}\n{to_yaml(loaded)}")
         return
     if runs.last_step(folder) >= steps:

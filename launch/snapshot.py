@@ -6,6 +6,7 @@ The snapshot precedes the checkout and an installed package on PYTHONPATH (slurm
 import hashlib
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from tracekin.config import UserError
@@ -23,10 +24,7 @@ def take(folder: Path) -> Path:
         UserError: the folder cannot be written.
     """
     files = _files()
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.relative_to(ROOT)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
-    final = (folder / f"code-{digest.hexdigest()[:12]}").absolute()
+    final = place(folder, files)
     if final.is_dir():
         return final
     partial = final.with_name(f".{final.name}.partial")
@@ -41,6 +39,14 @@ def take(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot freeze the code in {folder}: {error}.") from None
     return final
+
+
+def place(folder: Path, files: Sequence[Path] | None = None) -> Path:
+    """Where ``take`` puts the code as it is now."""
+    digest = hashlib.sha256()
+    for file in _files() if files is None else files:
+        digest.update(f"{file.relative_to(ROOT)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return (folder / f"code-{digest.hexdigest()[:12]}").absolute()
 
 
 def _files() -> list[Path]:

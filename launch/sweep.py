@@ -13,8 +13,8 @@ from pathlib import Path
 
 import click
 
-from launch import jobs, runs, slurm, snapshot, submit
-from launch.cluster import Profile, check_profile, read_profile
+from launch import jobs, runs, snapshot, submit
+from launch.cluster import Profile, check_profile, longest_array, read_profile
 from launch.command import run
 from launch.grid import Element, SweepConfig, describe, elements, read_plan, read_sweep, sweep_folder, write_plan
 from launch.job import Job
@@ -22,7 +22,7 @@ from launch.plan import Run, Todo, find_todo, submit_runs
 from launch.pretrain import alive_job, check_submission, freeze
 from launch.status import NUM_SHOWN, draw
 from launch.table import collect_table
-from tracekin.config import UserError, to_yaml
+from tracekin.config import EvaluateConfig, UserError, load, to_yaml
 
 POLL_SECONDS = 5
 
@@ -50,16 +50,21 @@ def main(
     sweep = read_sweep(file, overrides)
     every = elements(sweep)
     folder = sweep_folder(sweep)
-    check_profile(profile)
+    for each in (profile, profile.of_one_task()):
+        check_profile(each)
     steps = _check_elements(every, profile)
-    code = folder / "launch" / "code" if dry_run else snapshot.take(folder / "launch")
-    planned = [Run(e.config.run_folder, str(e.config.run_folder / "launch" / "config.yaml"), s) for e, s in steps]
-    todo = find_todo(planned)
+    planned = [_run_of(element, number) for element, number in steps]
+    todo = find_todo(planned, load(EvaluateConfig, None, sweep.evaluate))
     if dry_run:
-        _show(sweep, every, todo, profile, code)
+        _show(sweep, every, todo, profile)
         return None
-    _submit(sweep, every, todo, profile, name, code)
+    _submit(sweep, every, todo, profile, name)
     return _watch(folder) if wait else None
+
+
+def _run_of(element: Element, steps: int) -> Run:
+    folder = element.config.run_folder
+    return Run(folder, str(folder / "launch" / "config.yaml"), steps, element.config.data.manifest)
 
 
 def _check_elements(every: Sequence[Element], profile: Profile) -> list[tuple[Element, int]]:
@@ -78,27 +83,27 @@ def _check_elements(every: Sequence[Element], profile: Profile) -> list[tuple[El
     return found
 
 
-def _submit(sweep: SweepConfig, every: Sequence[Element], todo: Todo, profile: Profile, name: str, code: Path) -> None:
+def _submit(sweep: SweepConfig, every: Sequence[Element], todo: Todo, profile: Profile, name: str) -> None:
     folder, began = sweep_folder(sweep), time.monotonic()
     write_plan(folder, sweep, every)
-    if todo.is_empty and (todo.alive or not _table_is_old(folder, every)):
+    waiting = alive_job(folder, "table")
+    if todo.is_empty and (waiting if todo.alive else not _table_is_old(folder, every)):
         rest = f"{len(every) - todo.finished} in Slurm" if todo.alive else f"the table is {folder / 'table.md'}"
         click.echo(f"{folder}: {todo.finished} of {len(every)} runs are finished, {rest}. Nothing is submitted.")
         return
     _write_configs(every, todo)
     logs = folder / "launch"
-    send = partial(_send, sweep=sweep, logs=logs, code=code)
+    send = partial(_send, sweep=sweep, logs=logs, code=snapshot.take(logs))
     note = partial(runs.record, profile=name, cluster="slurm", slurm_conf=profile.slurm_conf, logs=str(logs))
-    longest = int(slurm.settings(profile.slurm_conf).get("MaxArraySize", "1001"))
     count, awaited = Counter[str](), set(todo.alive)
-    for stage, one, job in submit_runs(todo, profile, sweep.evaluate, longest, send):
+    for stage, one, job in submit_runs(todo, profile, sweep.evaluate, longest_array(profile), send):
         note(one.folder, stage=stage, job=job, steps=one.steps)
         count[stage] += 1
         awaited.add(job)
-    if waiting := alive_job(folder, "table"):
+    if waiting:
         jobs.cancel([waiting])  # it waits for other jobs than the new one
     after = ":".join(["afterany", *sorted({job.partition("_")[0] for job in awaited})]) if awaited else ""
-    (job,) = send("table", [Job("launch.table", (str(folder),))], profile.of_one_task(), after)
+    (job,) = send("table", [Job("launch.table", (str(folder), "--publish"))], profile.of_one_task(), after)
     note(folder, stage="table", job=job, steps=None)
     click.echo(
         f"{folder}: {len(every)} runs; submitted {count['pretrain']} trainings, {count['evaluate']} evaluations and the"
@@ -107,12 +112,12 @@ def _submit(sweep: SweepConfig, every: Sequence[Element], todo: Todo, profile: P
 
 
 def _table_is_old(folder: Path, every: Sequence[Element]) -> bool:
-    """Whether an evaluation was written after the table, or there is no table."""
+    """Whether an evaluation or the plan was written after the table, or there is no table."""
     table = folder / "table.md"
     if not table.is_file():
         return True
-    found = (path for element in every for path in (element.config.run_folder / "evaluations").glob("*.json"))
-    return any(path.stat().st_mtime > table.stat().st_mtime for path in found)
+    found = [path for element in every for path in (element.config.run_folder / "evaluations").glob("*.json")]
+    return any(path.stat().st_mtime > table.stat().st_mtime for path in (*found, folder / "elements.json"))
 
 
 def _write_configs(every: Sequence[Element], todo: Todo) -> None:
@@ -130,9 +135,10 @@ def _send(
     )
 
 
-def _show(sweep: SweepConfig, every: Sequence[Element], todo: Todo, profile: Profile, code: Path) -> None:
+def _show(sweep: SweepConfig, every: Sequence[Element], todo: Todo, profile: Profile) -> None:
     """What would be submitted."""
     logs = sweep_folder(sweep) / "launch"
+    code = snapshot.place(logs)
     for element in every:
         click.echo(f"{element.name}: {describe(element.assignment)}")
     later = len(todo.evaluate_now) + sum(map(len, todo.evaluate_after.values()))

@@ -179,7 +179,8 @@ def _first_config(planned: Sequence[Planned]) -> Config | None:
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
 @click.argument("sweep", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the tables; the sweep's own by default.")
-def main(sweep: Path, out: Path | None) -> None:
+@click.option("--publish", is_flag=True, help="Log the elements as a W&B table too, in the mode of the runs.")
+def main(sweep: Path, out: Path | None, publish: bool) -> None:
     """Collect the table of SWEEP, a sweep's name, folder or YAML file, from what is done by now.
 
     Writes table.csv, table.md and table.html and prints the groups over seeds.
@@ -188,7 +189,7 @@ def main(sweep: Path, out: Path | None) -> None:
     folder = named[0] if named else sweep_folder(read_sweep(sweep))
     if not folder.is_dir():
         raise UserError(f"{folder} is not there: nothing of {sweep} was submitted; do so with python -m launch.sweep.")
-    click.echo(collect_table(folder, out=out, publish=False))
+    click.echo(collect_table(folder, out=out, publish=publish))
     written = " ".join(str((out or folder) / f"table.{kind}") for kind in ("csv", "md", "html"))
     click.echo(f"written: {written}")
 

@@ -21,6 +21,7 @@ CODES = {  # of a task -> of the job
     3: 3,
     75: 75,
     127: 1,  # command not found
+    130: 130,  # interrupted
     137: 137,
     139: 139,
     143: 143,
@@ -43,7 +44,8 @@ echo "$*" >> "$0.calls"
 case "$*" in
   "show hostnames gpu[3-4]") printf 'gpu3\\ngpu4\\n' ;;
   "--oneliner show node gpu3") echo "NodeName=gpu3 Arch=x86_64 NodeAddr=10.1.0.3 NodeHostName=gpu3 State=IDLE" ;;
-  "--oneliner show job "*) echo "JobId=7 JobName=x Priority=1 JobState=$STATE Reason=${REASON:-None} Requeue=1" ;;
+  "--oneliner show job "*) echo "JobId=7 JobName=x JobState=$STATE Reason=${REASON:-None} Dependency=(null)" \
+    "Requeue=1 Restarts=${NOW:-${SLURM_RESTART_COUNT:-0}} BatchFlag=1" ;;
   "requeue "*) [ -z "$REFUSAL" ] || { echo "$REFUSAL" >&2; exit 1; } ;;
   *) exit 9 ;;
 esac
@@ -118,6 +120,12 @@ def test_a_node_that_scontrol_does_not_describe_is_met_by_its_name(batch: Batch)
     (batch.folder / "scontrol").write_text(f"#!/bin/bash\n{text}")
     batch.run()
     assert batch.environment()["MASTER_ADDR"] == "gpu3"
+
+
+def test_what_a_lost_node_was_still_at_does_not_requeue_the_start_that_took_over(batch: Batch) -> None:
+    ended, said = batch.run("137", SLURM_RESTART_COUNT="1", NOW="2")
+    assert (ended, batch.requeued()) == (137, [])
+    assert "Slurm is at start 2" in said
 
 
 @pytest.mark.parametrize(("silent", "again"), [(2, True), (9, False)])

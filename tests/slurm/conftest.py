@@ -17,7 +17,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes of two processors; ended afterwards, unless they were up before."""
     before = dev_cluster("status").returncode == 0
     started = dev_cluster("up", "--nodes", "2")
-    if started.returncode == 2:
+    if "missing packages" in started.stderr or "must run as root" in started.stderr:
         pytest.skip(f"no Slurm here: {started.stderr.strip()}")
     assert started.returncode == 0, started.stderr
     folder = tmp_path_factory.mktemp("slurm")

@@ -148,7 +148,8 @@ def test_a_lost_node(cluster: Cluster, with_its_tasks: bool) -> None:
             assert "was taken over by a newer start" in "".join(p.read_text() for p in folder.glob("launch/*_log.out"))
         assert cluster.wait_for_end(job, folder) == "COMPLETED"
         first, second = starts(folder)
-        assert first == (0, 0, None, None)
+        assert first[:3] == (0, 0, "killed")
+        assert "its node was lost" in first[3]
         assert second[2] == "finished"
         assert before - second[1] <= STEPS_PER_EPOCH
         assert [line["step"] for line in lines(folder / "metrics.jsonl")] == list(range(1, LAST + 1))

@@ -156,9 +156,9 @@ class _Run:
             end_of_epoch = self.step % self.steps_per_epoch == 0
             if not end_of_epoch and not stop and self.step % config.train.log_every:
                 continue
+            record = self._record(losses, schedule, time.perf_counter() - began, self.step - first)
             if self.world.is_main:
                 self.start.check()
-            record = self._record(losses, schedule, time.perf_counter() - began, self.step - first)
             if record["skipped"]:
                 self.skips.flush(self.step, self.folder if self.world.is_main else None)
             for sink in sinks:
@@ -267,9 +267,9 @@ class _Run:
     def _open_folder(self) -> list[Any]:
         if not self.world.is_main:
             return []
+        self.start.begin(step=self.step, steps=self.num_steps, ranks=self.world.size, host=platform.node())
         write_text(self.folder / "config.yaml", to_yaml(self.config))
         write_text(self.folder / "environment.json", json.dumps(self.facts, indent=1) + "\n")
-        self.start.log("start", step=self.step, steps=self.num_steps, ranks=self.world.size, host=platform.node())
         sent = to_dict(self.config)  # to W&B: no path of this machine
         del sent["folder"]
         sent["data"]["manifest"] = self.manifest.name

@@ -39,11 +39,17 @@ class Start:
         self.taken = True
 
     def held(self) -> bool:
-        """Whether the lease is still this start's; False too where the folder is gone."""
+        """Whether the lease is still this start's; False too where the folder is gone.
+
+        The other ranks do not know rank 0's token: they compare job and restart.
+        """
         try:
-            return bool(json.loads((self.folder / "lease.json").read_text(encoding="utf-8"))["token"] == self.token)
+            lease = json.loads((self.folder / "lease.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
+        if self.taken:
+            return bool(lease["token"] == self.token)
+        return (lease["job"], lease["restart"]) == (self.job, self.restart)
 
     def check(self) -> None:
         """Call before writing into the run folder.
@@ -57,8 +63,25 @@ class Start:
                 " this one wrote nothing more and ends."
             )
 
+    def begin(self, **facts: Any) -> None:
+        """Log the start, and before it the end of one that could not do so itself.
+
+        Raises:
+            FencedError: as ``check``.
+        """
+        last = _last_line(self.folder / "starts.jsonl")
+        if last.get("event") == "start":
+            cause = "no word of its end: killed, out of memory, or its node was lost"
+            self.log("end", job=last["job"], restart=last["restart"], outcome="killed", cause=cause)
+        self.log("start", **facts)
+
     def log(self, event: str, **facts: Any) -> None:
-        """Append a line to starts.jsonl."""
+        """Append a line to starts.jsonl.
+
+        Raises:
+            FencedError: as ``check``.
+        """
+        self.check()
         now = datetime.now(UTC).isoformat(timespec="seconds")
         line = {"event": event, "job": self.job, "restart": self.restart, "time": now, **facts}
         with (self.folder / "starts.jsonl").open("a", encoding="utf-8") as file:
@@ -78,10 +101,18 @@ class Start:
                     raise
                 raise FencedError(f"{self.folder} was taken over by a newer start of this run.") from error
             lost = lost_a_rank(error)
-            if self.folder.is_dir() and (self.world.is_main or not (lost or isinstance(error, UserError))):
+            if self.held() and (self.world.is_main or not (lost or isinstance(error, UserError))):
                 outcome = "interrupted" if isinstance(error, KeyboardInterrupt) else "lost" if lost else "failed"
                 self.log("end", outcome=outcome, cause=_in_one_line(error), rank=self.world.rank)
             raise
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        return {}
+    return found
 
 
 def _in_one_line(error: BaseException) -> str:
