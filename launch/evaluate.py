@@ -38,7 +38,11 @@ def main(arguments: tuple[str, ...], name: str, changes: Sequence[str], dry_run:
     count = len(todo.evaluate_now) + sum(map(len, todo.evaluate_after.values()))
     logs = folders[0].parent / "launch" if len(folders) > 1 else folders[0] / "launch"
     if dry_run:
-        click.echo(script(profile, name="evaluate", logs=logs, code=snapshot.place(logs), count=count))
+        shown = partial(script, profile, name="evaluate", logs=logs, code=snapshot.place(logs))
+        if todo.evaluate_now:
+            click.echo(shown(count=len(todo.evaluate_now)))
+        for job, those in todo.evaluate_after.items():
+            click.echo(shown(count=len(those), dependency=f"afterok:{job}"))
         return
     if todo.is_empty:
         click.echo("Each of them has an evaluation waiting or running. Nothing is submitted.")

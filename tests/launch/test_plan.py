@@ -11,10 +11,24 @@ from launch.cluster import Profile
 from launch.job import Job
 from launch.plan import Run, Todo, find_todo, submit_runs
 from launch.slurm import Info
-from tracekin.config import UserError
+from tracekin.config import EvaluateConfig, UserError
 
 STEPS = 8
 PROFILE = Profile(nodes=2, gpus=4, minutes=600, other_minutes=20)
+
+
+def scores(step: int, k: int = 20) -> str:
+    """What an evaluation with the default settings, or another k, leaves."""
+    config = EvaluateConfig()
+    probes = {"knn": {"k": k, "temperature": config.knn_temperature}, "linear": {"grid": list(config.linear_c)}}
+    rows = [{"method": method, **probes} for method in ("pixels", "untrained", "none")]
+    bootstrap = {"replicates": config.bootstrap, "seed": config.seed}
+    facts = {"step": step, "manifest": "data/manifest.json", "split": "test", "rows": rows, "bootstrap": bootstrap}
+    return json.dumps(facts)
+
+
+def look(runs: Sequence[Run]) -> Todo:
+    return find_todo(runs, EvaluateConfig())
 
 
 class Sweep:
@@ -36,10 +50,10 @@ class Sweep:
             (folder / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
         if evaluated:
             (folder / "evaluations").mkdir()
-            (folder / "evaluations" / f"step-{evaluated:08d}-val.json").write_text(json.dumps({}))
+            (folder / "evaluations" / f"step-{evaluated:08d}-val.json").write_text(scores(evaluated))
         for stage, job in submitted.items():
             runs.record(folder, stage=stage, job=job, cluster="slurm", slurm_conf="", steps=STEPS)
-        return Run(folder, f"{name}.yaml", STEPS)
+        return Run(folder, f"{name}.yaml", STEPS, "data/manifest.json")
 
     def submit(self, stage: str, those: Sequence[Job], profile: Profile, dependency: str) -> list[str]:
         """As submitit does: one job is no array."""
@@ -67,7 +81,7 @@ def test_a_run_is_trained_unless_it_is_finished_or_in_slurm(sweep: Sweep) -> Non
     runs.record(again.folder, stage="pretrain", job="4", cluster="slurm", slurm_conf="", steps=STEPS)
     forgotten = sweep.run("forgotten", step=3, pretrain="5")
     sweep.states = {"1": "FAILED", "2": "CANCELLED", "3": "CANCELLED", "4": "PENDING"}
-    todo = find_todo([missing, failed, again, forgotten])
+    todo = look([missing, failed, again, forgotten])
     assert todo.train == [missing, failed, forgotten]
     assert todo.alive == ["4"]
     assert todo.evaluate_after == {"4": [again]}
@@ -77,9 +91,9 @@ def test_only_the_newest_job_of_a_run_counts(sweep: Sweep) -> None:
     run = sweep.run("run", step=3, pretrain="3")
     runs.record(run.folder, stage="pretrain", job="4", cluster="slurm", slurm_conf="", steps=STEPS)
     sweep.states = {"3": "COMPLETED", "4": "FAILED"}
-    assert find_todo([run]).train == [run]
+    assert look([run]).train == [run]
     sweep.states = {"3": "FAILED", "4": "RUNNING"}
-    assert find_todo([run]).train == []
+    assert look([run]).train == []
 
 
 def test_a_finished_run_is_evaluated_once(sweep: Sweep) -> None:
@@ -89,7 +103,7 @@ def test_a_finished_run_is_evaluated_once(sweep: Sweep) -> None:
     waits = sweep.run("waits", step=STEPS, pretrain="1", evaluate="3")
     done = sweep.run("done", step=STEPS, evaluated=STEPS, pretrain="1", evaluate="4")
     sweep.states = {"1": "COMPLETED", "2": "FAILED", "3": "PENDING", "4": "COMPLETED"}
-    todo = find_todo([fresh, stale, failed, waits, done])
+    todo = look([fresh, stale, failed, waits, done])
     assert todo.evaluate_now == [fresh, stale, failed]
     assert (todo.train, todo.evaluate_after, todo.alive, todo.finished) == ([], {}, ["3"], 1)
 
@@ -98,7 +112,7 @@ def test_a_run_whose_jobs_are_on_their_way_lacks_nothing(sweep: Sweep) -> None:
     both = sweep.run("both", step=2, pretrain="7_0", evaluate="8_0")
     lone = sweep.run("lone", step=2, pretrain="7_1")
     sweep.states = {"7_0": "RUNNING", "7_1": "PENDING", "8_0": "PENDING"}
-    todo = find_todo([both, lone])
+    todo = look([both, lone])
     assert todo.evaluate_after == {"7_1": [lone]}
     assert todo.alive == ["7_0", "8_0", "7_1"]
     assert submitted(sweep, todo) == [("evaluate", "lone", "101")]
@@ -109,12 +123,12 @@ def test_a_training_that_failed_is_not_waited_for_by_what_waits_already(sweep: S
     """Its old evaluation was cancelled with it, or still waits: both trainings and evaluations get new jobs."""
     run = sweep.run("run", step=2, pretrain="7_0", evaluate="8_0")
     sweep.states = {"7_0": "FAILED", "8_0": "CANCELLED"}
-    assert submitted(sweep, find_todo([run])) == [("pretrain", "run", "101"), ("evaluate", "run", "102")]
+    assert submitted(sweep, look([run])) == [("pretrain", "run", "101"), ("evaluate", "run", "102")]
 
 
 def test_trainings_and_their_evaluations_are_arrays_element_by_element(sweep: Sweep) -> None:
     those = [sweep.run(name) for name in "abc"]
-    assert submitted(sweep, find_todo(those)) == [
+    assert submitted(sweep, look(those)) == [
         *(("pretrain", name, f"101_{n}") for n, name in enumerate("abc")),
         *(("evaluate", name, f"102_{n}") for n, name in enumerate("abc")),
     ]
@@ -127,12 +141,12 @@ def test_trainings_and_their_evaluations_are_arrays_element_by_element(sweep: Sw
 
 
 def test_a_lone_training_is_no_array(sweep: Sweep) -> None:
-    assert submitted(sweep, find_todo([sweep.run("a")])) == [("pretrain", "a", "101"), ("evaluate", "a", "102")]
+    assert submitted(sweep, look([sweep.run("a")])) == [("pretrain", "a", "101"), ("evaluate", "a", "102")]
     assert [dependency for *_, dependency in sweep.sent] == ["", "afterok:101"]
 
 
 def test_more_runs_than_slurm_takes_in_one_array_are_several(sweep: Sweep) -> None:
-    todo = find_todo([sweep.run(f"r{n}") for n in range(5)] + [sweep.run(f"f{n}", step=STEPS) for n in range(3)])
+    todo = look([sweep.run(f"r{n}") for n in range(5)] + [sweep.run(f"f{n}", step=STEPS) for n in range(3)])
     found = submitted(sweep, todo, longest=2)
     assert [(stage, len(those), dependency) for stage, those, _, dependency in sweep.sent] == [
         ("pretrain", 2, ""),
@@ -149,7 +163,7 @@ def test_more_runs_than_slurm_takes_in_one_array_are_several(sweep: Sweep) -> No
 
 def test_what_was_submitted_before_an_interruption_is_known(sweep: Sweep) -> None:
     """Each job is told right after its submission, so that it can be recorded."""
-    todo = find_todo([sweep.run(f"r{n}") for n in range(4)])
+    todo = look([sweep.run(f"r{n}") for n in range(4)])
     found = submit_runs(todo, PROFILE, (), 2, sweep.submit)
     assert [next(found)[2], next(found)[2]] == ["101_0", "101_1"]
     assert len(sweep.sent) == 1
@@ -158,10 +172,10 @@ def test_what_was_submitted_before_an_interruption_is_known(sweep: Sweep) -> Non
 def test_the_same_sweep_again_submits_nothing(sweep: Sweep) -> None:
     done = sweep.run("done", step=STEPS, evaluated=STEPS)
     those = [sweep.run(name) for name in "ab"]
-    for stage, run, job in submit_runs(find_todo([*those, done]), PROFILE, (), 1001, sweep.submit):
+    for stage, run, job in submit_runs(look([*those, done]), PROFILE, (), 1001, sweep.submit):
         runs.record(run.folder, stage=stage, job=job, cluster="slurm", slurm_conf="", steps=STEPS)
         sweep.states[job] = "PENDING"
-    again = find_todo([*those, done])
+    again = look([*those, done])
     assert again.is_empty
     assert again.finished == 1
     assert sorted(again.alive) == ["101_0", "101_1", "102_0", "102_1"]
@@ -176,4 +190,11 @@ def test_nothing_is_planned_without_slurms_answer(sweep: Sweep, monkeypatch: pyt
 
     monkeypatch.setattr(jobs.slurm, "jobs", silent)
     with pytest.raises(UserError, match="did not answer"):
-        find_todo([run])
+        look([run])
+
+
+def test_a_score_with_other_settings_does_not_count(sweep: Sweep) -> None:
+    run = sweep.run("scored", step=STEPS, evaluated=STEPS)
+    assert look([run]).is_empty
+    next((run.folder / "evaluations").glob("*.json")).write_text(scores(STEPS, k=5))
+    assert look([run]).evaluate_now == [run]
