@@ -105,7 +105,7 @@ class Runs:
         began, done = time.perf_counter(), len(lines(folder / "metrics.jsonl"))
         starts = folder / "starts.jsonl"
         wait(lambda: sum(line["event"] == "start" for line in lines(starts)) == 2)
-        last = max([done, *(line["step"] for line in lines(starts) if line["event"] == "end")])
+        last = max([done, *(line.get("step", 0) for line in lines(starts) if line["event"] == "end")])
         again = [line["step"] for line in lines(starts) if line["event"] == "start"][1]
         wait(lambda: len(lines(folder / "metrics.jsonl")) > again)
         seconds = time.perf_counter() - began

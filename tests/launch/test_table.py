@@ -52,6 +52,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def sweep(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[Element]:
     monkeypatch.chdir(root)
+    monkeypatch.setattr("launch.slurm.jobs", lambda ids, slurm_conf="": {})  # it knows nothing of these jobs
     return elements(read_sweep("demo.yaml"))
 
 
@@ -136,7 +137,9 @@ def test_elements_are_published_as_they_stand_in_the_csv(
 ) -> None:
     logged: list[tuple[Any, ...]] = []
     monkeypatch.setattr("launch.table.log_table", lambda *a: logged.append(a))
-    collect_table(FOLDER, {}, out=tmp_path)
+    main.main([str(FOLDER), "--out", str(tmp_path)], standalone_mode=False)
+    assert not logged
+    main.main([str(FOLDER), "--out", str(tmp_path), "--publish"], standalone_mode=False)  # as the sweep's last job does
     folder, monitor, name, header, rows = logged[0]
     assert (folder, name, monitor.wandb) == (FOLDER, "sweeps/demo", "offline")
     assert all(len(row) == len(header) for row in rows)

@@ -102,6 +102,54 @@ def test_whose_lease_was_taken_writes_nothing_more(whole: Config, tmp_path: Path
     assert events == ["start"]
 
 
+def run_taken_over_early(rank: int, config: Config) -> None:
+    """A newer start takes the lease while this one still builds its engine."""
+    from tracekin.train import loop
+
+    build = loop.build_engine
+
+    def build_while_another_starts(*args: Any) -> Any:
+        Start(config.run_folder, World()).take()
+        return build(*args)
+
+    loop.build_engine = build_while_another_starts
+    with tiny_backbone():
+        loop.pretrain(config)
+
+
+def test_a_lease_lost_before_the_first_step_leaves_the_folder_to_the_other(whole: Config, tmp_path: Path) -> None:
+    config = replace(whole, folder=str(tmp_path))
+    with pytest.raises(RankFailedError, match="FencedError"):
+        run_ranks(run_taken_over_early, 1, config)
+    assert [path.name for path in config.run_folder.iterdir()] == ["lease.json"]
+
+
+def test_a_start_that_was_killed_is_named_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(restart: int, rank: int = 0) -> Start:
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        return Start(tmp_path, World(rank, 2, rank, 2))
+
+    old, beside_old = start(0), start(0, rank=1)
+    old.take()
+    old.begin(step=0)
+    assert beside_old.held()
+    new, beside_new = start(1), start(1, rank=1)
+    new.take()
+    new.begin(step=4)
+    for fenced in (old, beside_old):
+        assert not fenced.held()
+        with pytest.raises(FencedError):
+            fenced.log("end", outcome="failed")
+    assert beside_new.held()
+    found = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert [(line["event"], line["restart"], line.get("outcome")) for line in found] == [
+        ("start", 0, None),
+        ("end", 0, "killed"),
+        ("start", 1, None),
+    ]
+
+
 def test_a_checkpoint_does_not_appear_once_the_lease_is_lost(tmp_path: Path) -> None:
     first, second = Start(tmp_path, World()), Start(tmp_path, World())
     first.take()
