@@ -90,6 +90,7 @@ bench: $(STAMP)
 	python -m benchmarks.shuffle_quality
 	$(if $(DATA),python -m benchmarks.pack_throughput $(DATA)/ham10000.zip)
 	$(if $(wildcard data/ham10000),python -m benchmarks.stream_throughput data/ham10000)
+	$(if $(shell command -v slurmctld),python -m benchmarks.launch_times)
 
 gpu: export PYTHONPATH := src:$(PYTHONPATH)
 gpu:
