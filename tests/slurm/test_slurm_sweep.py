@@ -51,10 +51,12 @@ def test_a_sweep_ends_with_its_table_and_starts_only_what_is_missing(cluster: Cl
     failed = [facts[job] for job in jobs if facts[job]["JobState"] == "FAILED"]
     assert [(fact["ExitCode"], fact["Restarts"]) for fact in failed] == [("1:0", "0")] * 2  # not tried again
     shown = cluster.launch("status", str(folder))
-    assert shown.count("FloatingPointError: the loss is") == 2
+    assert shown.count("FloatingPointError:") == 2
 
     # Without the elements that fail everything is there, and the same runs keep their names.
     sound = str(write_sweep(cluster, grid={**grid, "optimiser.lr": [0.05]}, exclude=[]))
+    said = cluster.launch("sweep", sound, *profile, "--wait")
+    assert "submitted 0 trainings, 0 evaluations and the table" in said  # of the two
     said = cluster.launch("sweep", sound, *profile, "--wait")
     assert "2 of 2 runs are finished" in said
     assert "Nothing is submitted" in said
