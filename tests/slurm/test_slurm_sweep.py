@@ -75,7 +75,7 @@ def test_a_run_is_followed_and_evaluated(cluster: Cluster) -> None:
     assert "step 4/4" in text
     assert "done in" in text
     assert "step 4/4" not in cluster.launch("logs", job, "--rank", "1")
-    assert "0, 1" in cluster.launch("logs", job, "--rank", "7", code=2)
+    assert "there is 0 to 1" in cluster.launch("logs", job, "--rank", "7", code=2)
     assert cluster.wait_for_end(evaluation, folder) == "COMPLETED"
     assert list((folder / "evaluations").glob("step-00000004-*.json"))
 
