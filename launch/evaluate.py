@@ -10,8 +10,8 @@ from launch import runs, snapshot
 from launch.cluster import Profile, check_profile, longest_array, read_profile
 from launch.command import run
 from launch.job import Job
+from launch.jobs import alive_job
 from launch.plan import Run, Todo, submit_runs
-from launch.pretrain import alive_job
 from launch.submit import script, submit
 from tracekin.config import EvaluateConfig, UserError, load
 

@@ -179,6 +179,19 @@ def _is_here(job: Submitted) -> bool:
     return b"submitit.local" in words
 
 
+def alive_job(folder: Path, stage: str) -> Submitted | None:
+    """The newest job of this stage for a folder, if it runs or waits.
+
+    Raises:
+        UserError: Slurm does not answer.
+    """
+    newest = [job for job in submitted([folder]) if job.stage == stage][-1:]
+    known, complaints = states(newest)
+    if complaints:
+        raise UserError(complaints[0])
+    return newest[0] if newest and is_alive(known.get(newest[0])) else None
+
+
 def is_alive(info: Info | None) -> bool:
     """Whether the job runs or is still to run, as far as anyone knows."""
     return info is not None and info.state in ALIVE

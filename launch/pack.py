@@ -10,7 +10,7 @@ from launch import runs, snapshot
 from launch.cluster import check_profile, read_profile
 from launch.command import run
 from launch.job import Job
-from launch.pretrain import alive_job
+from launch.jobs import alive_job
 from launch.submit import script, submit
 from shards.pack import main as pack
 from shards.recipes import RECIPES

@@ -9,9 +9,9 @@ from launch import runs, snapshot
 from launch.cluster import Profile, check_grace, check_profile, read_profile
 from launch.command import run
 from launch.job import Job
-from launch.jobs import Submitted, is_alive, states, submitted
+from launch.jobs import alive_job
 from launch.submit import script, submit
-from tracekin.config import Config, UserError, load, to_yaml
+from tracekin.config import Config, load, to_yaml
 from tracekin.data.manifest import read_manifest
 from tracekin.data.order import num_steps_per_epoch, shuffle_of
 from tracekin.distributed.world import World
@@ -30,19 +30,6 @@ def check_submission(config: Config, profile: Profile) -> int:
     check_grace(profile, config)
     shuffle = shuffle_of(config.data, config.seed, config.train.global_batch)
     return config.train.epochs * num_steps_per_epoch(manifest.count("train"), shuffle)
-
-
-def alive_job(folder: Path, stage: str) -> Submitted | None:
-    """The newest job of this stage for a folder, if it runs or waits.
-
-    Raises:
-        UserError: Slurm does not answer.
-    """
-    newest = [job for job in submitted([folder]) if job.stage == stage][-1:]
-    known, complaints = states(newest)
-    if complaints:
-        raise UserError(complaints[0])
-    return newest[0] if newest and is_alive(known.get(newest[0])) else None
 
 
 def freeze(config: Config, folder: Path) -> str:

@@ -18,8 +18,9 @@ from launch.cluster import Profile, check_profile, longest_array, read_profile
 from launch.command import run
 from launch.grid import Element, SweepConfig, describe, elements, read_plan, read_sweep, sweep_folder, write_plan
 from launch.job import Job
+from launch.jobs import alive_job
 from launch.plan import Run, Todo, find_todo, submit_runs
-from launch.pretrain import alive_job, check_submission, freeze
+from launch.pretrain import check_submission, freeze
 from launch.status import NUM_SHOWN, draw
 from launch.table import collect_table
 from tracekin.config import EvaluateConfig, UserError, load, to_yaml
