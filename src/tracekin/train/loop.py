@@ -6,15 +6,13 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tracekin import checkpoint
 from tracekin.checkpoint import Keep
-from tracekin.config import Config, UserError, to_dict, to_yaml
+from tracekin.config import Config, to_dict, to_yaml
 from tracekin.data.batch import Batch
 from tracekin.data.manifest import Manifest, read_manifest
 from tracekin.data.order import left_over, num_steps_per_epoch, shuffle_of
@@ -29,7 +27,7 @@ from tracekin.monitor.metrics import Clock, Meter
 from tracekin.monitor.progress import Progress
 from tracekin.monitor.sinks import open_sinks
 from tracekin.train.agreement import Agreement, Verdict
-from tracekin.train.checks import changes, check_run, check_same
+from tracekin.train.checks import check_run
 from tracekin.train.engine import build_engine, preflight, set_lr
 from tracekin.train.guard import Collapse, Fingerprint, Refusals, is_finite, samples_digest
 from tracekin.train.miner import Miner
@@ -40,7 +38,7 @@ from tracekin.train.saver import Saver
 from tracekin.train.schedule import lr_at
 from tracekin.train.skips import Skips
 from tracekin.train.start import Start
-from tracekin.train.state import gather_parts, load_networks, load_rest
+from tracekin.train.state import find_checkpoint, gather_parts, load_networks, load_rest
 from tracekin.train.step import Losses, train_step
 
 NUM_GALLERY = 24
@@ -108,8 +106,10 @@ class _Run:
         self.skips = Skips(manifest.count("train"), config.data.max_bad_fraction)
         if world.is_main:
             start.take()  # before looking for a checkpoint: an older start adds none from here on
-        found = self._find(allow_change)
+        found, state = find_checkpoint(config, manifest, allow_change=allow_change, say=self._say)
         if found is not None:
+            self.step = int(state["step"])
+            self.skips.in_epoch = set(state["replaced"])
             load_networks(found, online, self.target)
         self.engine = build_engine(online, config.optimiser, config.train, world)
         self.miner = Miner(config.mining, online, config.seed, world.local_size)
@@ -127,35 +127,6 @@ class _Run:
         # Gathered once: it asks git, which no checkpoint should wait for.
         self.facts = environment(world.size, device, config.train.zero_stage) if world.is_main else {}
         self.slowest_stop = config.train.stop_seconds
-
-    def _find(self, allow_change: bool) -> Path | None:
-        """The checkpoint to go on from, if there is one, and what it knows of the run. Collective."""
-        found, error = None, None
-        if self.world.is_main:  # alone: it reads every byte, and says what is damaged
-            try:
-                found = checkpoint.latest(self.folder, self._say)
-            except UserError as damaged:
-                error = damaged
-        found, error = collectives.broadcast_object((found, error))  # every rank goes on from the same one
-        if error is not None:
-            raise error
-        if found is None:
-            return None
-        state = checkpoint.load_state(found)
-        same = state["dataset"] == self.manifest.fingerprint()
-        if not allow_change:
-            check_same(self.config, state["config"], str(found))
-            if not same:
-                raise UserError(
-                    f"{found} was trained on other shards than {self.config.data.manifest} holds now; give this run"
-                    f" another name=..., remove {self.folder}, or go on all the same with --allow-config-change."
-                )
-        changed = [*changes(self.config, state["config"]), *([] if same else ["other shards"])]
-        if changed:
-            self._say(f"continuing under another config: {', '.join(changed)}")
-        self.step = int(state["step"])
-        self.skips.in_epoch = set(state["replaced"])
-        return cast(Path, found)
 
     def train(self) -> Outcome:
         if self.step >= self.num_steps:

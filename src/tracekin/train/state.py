@@ -1,5 +1,6 @@
 """What must survive a stop: gathered from all ranks for a checkpoint, and put back from one in any world."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from tracekin import checkpoint
-from tracekin.config import UserError
+from tracekin.config import Config, UserError
+from tracekin.data.manifest import Manifest
 from tracekin.distributed import collectives
 from tracekin.model.byol import Online, Target
+from tracekin.train.checks import changes, check_same
 from tracekin.train.engine import load_optimiser_tensors, optimiser_tensors
 from tracekin.train.miner import Miner
 from tracekin.train.randomness import gather_random_state, restore_random_state
@@ -29,6 +32,46 @@ def gather_parts(engine: Any, target: Target, miner: Miner, device: torch.device
     if miner.queue:
         parts["queue"] = miner.queue.state()
     return {part: {name: t.detach().to("cpu", copy=True) for name, t in held.items()} for part, held in parts.items()}
+
+
+def find_checkpoint(
+    config: Config, manifest: Manifest, *, allow_change: bool, say: Callable[[str], None]
+) -> tuple[Path | None, dict[str, Any]]:
+    """The newest sound checkpoint of a run, the same for every rank, and its state; None if there is none. Collective.
+
+    Args:
+        config: of the run that goes on.
+        manifest: of its data.
+        allow_change: go on even if either has changed.
+        say: told what is damaged or has changed.
+
+    Raises:
+        UserError: there are checkpoints and all are damaged, or a change that is not allowed.
+    """
+    found: Path | None = None
+    error: UserError | None = None
+    if collectives.rank() == 0:  # alone: it reads every byte
+        try:
+            found = checkpoint.latest(config.run_folder, say)
+        except UserError as damaged:
+            error = damaged
+    found, error = collectives.broadcast_object((found, error))
+    if error is not None:
+        raise error
+    if found is None:
+        return None, {}
+    state = checkpoint.load_state(found)
+    same_shards = state["dataset"] == manifest.fingerprint()
+    if not allow_change:
+        check_same(config, state["config"], str(found))
+        if not same_shards:
+            raise UserError(
+                f"{found} was trained on other shards than {config.data.manifest} holds now; give this run another"
+                f" name=..., remove {config.run_folder}, or go on all the same with --allow-config-change."
+            )
+    if changed := [*changes(config, state["config"]), *([] if same_shards else ["other shards"])]:
+        say(f"continuing under another config: {', '.join(changed)}")
+    return found, state
 
 
 def load_networks(found: Path, online: Online, target: Target) -> None:
