@@ -90,6 +90,7 @@ def _rank(
     rank: int, environment: dict[str, str], arguments: list[str], log: str, harm: Callable[[int], None] | None
 ) -> None:
     os.setsid()  # whatever it starts is known by its session
+    multiprocessing.set_start_method("fork", force=True)  # for loaders, as in a process that a shell started
     os.environ |= environment
     said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(said, 1)
