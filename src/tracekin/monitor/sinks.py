@@ -178,7 +178,7 @@ def check_login(config: MonitorConfig) -> None:
             return
     except wandb.errors.AuthenticationError as error:
         raise UserError(f"{where}: {_in_one_line(error)}; {what}.") from None
-    raise UserError(f"{where}, and none is set for {wandb.setup().settings.base_url}; {what}.")
+    raise UserError(f"{where}, and none is set; {what}.")
 
 
 def _import_wandb() -> Any:
