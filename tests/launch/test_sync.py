@@ -51,7 +51,7 @@ def environment(home: Path, server: WandbServer | None = None, key: str = KEY) -
     if server is not None:
         # As on many clusters, where the jobs must not try to reach the server.
         kept |= {"WANDB_BASE_URL": server.url, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-        kept |= {f"WANDB__GRAPHQL_RETRY_WAIT_{end}_SECONDS": "0.1" for end in ("MIN", "MAX")}
+        kept |= {"WANDB__GRAPHQL_RETRY_WAIT_MAX_SECONDS": "1"}  # how often it tries is launch.sync's
     return kept | ({"WANDB_API_KEY": key} if key else {})
 
 
