@@ -277,6 +277,14 @@ class MonitorConfig:
     """Weights & Biases mode; offline files lie in the run folder until they are synced."""
     project: str = "tracekin"
     """Weights & Biases project."""
+    init_seconds: float = 20.0
+    """Longest wait for the W&B server at a start (online); after that, this start logs offline."""
+    finish_seconds: float = 8.0
+    """Longest wait for what is not yet sent at an end; the rest stays in the run folder for `python -m launch.sync`."""
+
+    def __post_init__(self) -> None:
+        for key in ("init_seconds", "finish_seconds"):
+            _require(getattr(self, key) > 0, f"monitor.{key}", getattr(self, key), "above 0")
 
 
 @dataclass(frozen=True)
