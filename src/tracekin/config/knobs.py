@@ -252,6 +252,16 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    stall_seconds: float = 600.0
+    """Longest time that a step, the data it waits for or a checkpoint may take before the run is ended with 75;
+    0 never. The start and its first step have 600 s at least."""
+
+    def __post_init__(self) -> None:
+        _require(self.stall_seconds >= 0, "guard.stall_seconds", self.stall_seconds, "0 or more")
+
+
+@dataclass(frozen=True)
 class Config:
     """One pretraining run."""
 
@@ -268,6 +278,7 @@ class Config:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         parts = Path(self.name).parts

@@ -13,7 +13,7 @@ FREE_KEYS = {"name", "folder", "mining.chunk", "mining.ring_above"}
 FREE_KEYS |= {f"data.{key}" for key in ("workers", "max_bad_fraction", "cache", "cache_gb", "read_ahead", "augment_on")}
 FREE_KEYS |= {f"train.{key}" for key in ("log_every", "keep_checkpoints", "threads", "zero_stage")}
 FREE_KEYS |= {"train.check_every", "train.stop_seconds"}
-FREE_SECTIONS = ("monitor.",)
+FREE_SECTIONS = ("monitor.", "guard.")
 
 
 def check_run(config: Config, manifest: Manifest, world: World) -> None:

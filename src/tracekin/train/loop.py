@@ -17,6 +17,7 @@ from tracekin.data.order import left_over, num_steps_per_epoch, shuffle_of
 from tracekin.data.stream import pretrain_batches
 from tracekin.distributed import collectives
 from tracekin.distributed.group import process_group
+from tracekin.distributed.watchdog import Watchdog
 from tracekin.distributed.world import World, world_from_environment
 from tracekin.files import write_text
 from tracekin.model.byol import Online, Target, tau_at
@@ -63,18 +64,26 @@ def pretrain(config: Config) -> Outcome:
     device = _claim_device(config, world)
     preflight(device)
     start = Start(config.run_folder, world)
-    with signals_raise_a_flag() as flag, start.guarded(), process_group(world, device):
-        return _Run(config, manifest, world, device, start, flag).train()
+    watchdog = Watchdog(world, config.guard.stall_seconds, start.stalled)
+    with signals_raise_a_flag() as flag, start.guarded(), process_group(world, device), watchdog:
+        return _Run(config, manifest, world, device, start, flag, watchdog).train()
 
 
 class _Run:
     """The objects that live as long as the run."""
 
     def __init__(
-        self, config: Config, manifest: Manifest, world: World, device: torch.device, start: Start, flag: Flag
+        self,
+        config: Config,
+        manifest: Manifest,
+        world: World,
+        device: torch.device,
+        start: Start,
+        flag: Flag,
+        watchdog: Watchdog,
     ) -> None:
         self.config, self.manifest, self.world, self.device = config, manifest, world, device
-        self.start, self.flag = start, flag
+        self.start, self.flag, self.watchdog = start, flag, watchdog
         self.folder = config.run_folder
         self.shuffle = shuffle_of(config.data, config.seed, config.train.global_batch)
         self.steps_per_epoch = num_steps_per_epoch(manifest.count("train"), self.shuffle)
@@ -119,6 +128,7 @@ class _Run:
         try:
             stop = self._loop(sinks, progress)
         finally:
+            self.watchdog.beat(self.step, "end")
             for closable in [*sinks, *([progress] if progress else [])]:
                 closable.close()
         if self.world.is_main:
@@ -190,8 +200,10 @@ class _Run:
 
     def _one_step(self, batches: Any, step: int) -> tuple[Losses, dict[str, float]]:
         config, mining = self.config, self.config.mining
+        self.watchdog.beat(step + 1, "data")
         with self.clock.phase("data", host=True):
             batch = next(batches).to(self.device, non_blocking=True).developed()
+        self.watchdog.beat(step + 1, "step")
         self.skips.fresh += batch.skipped
         self.meter.add(skipped=float(len(batch.skipped)))
         warmup_steps = round(config.optimiser.warmup_epochs * self.steps_per_epoch)
@@ -229,6 +241,7 @@ class _Run:
 
     def _save(self, losses: Losses, lr: float, *, passing: bool) -> None:
         """Checkpoint and, at the end of an epoch, gallery; collective: ZeRO's optimiser state lies on all ranks."""
+        self.watchdog.beat(self.step, "checkpoint")
         optimiser = optimiser_tensors(self.engine)
         pairs = gallery_pairs(losses.found, NUM_GALLERY) if losses.found and not passing else None
         if self.world.is_main:
