@@ -22,6 +22,7 @@ _OUTCOMES = {
     "preempted": "PREEMPTED",
     "interrupted": "CANCELLED",
     "lost": "FAILED",
+    "stalled": "FAILED",
 }
 
 

@@ -10,11 +10,11 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PRELOAD = ["torch", "torch.distributed", "torchvision", "deepspeed"]
 
@@ -62,6 +62,59 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                 process.kill()
             for process in processes:
                 process.join()
+
+
+class Ended(NamedTuple):
+    """How a rank ended by itself."""
+
+    code: int | None
+    """Its exit code; None for one that was not waited for and had not ended."""
+    said: str
+    """What it wrote to stderr."""
+
+
+def end_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240, silent: Collection[int] = ()
+) -> list[Ended]:
+    """``run_ranks`` for ranks that end otherwise than by returning: each one's exit code and stderr, by rank.
+
+    A rank may have child processes. Those in ``silent`` are not waited for; all that is left is killed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with tempfile.TemporaryDirectory() as folder:
+        _start_server(context)
+        job = pickle.dumps((_to_the_end, (folder, function, args)))
+        processes = [
+            context.Process(target=_rank, args=(rank, world_size, folder, timeout, job, None))
+            for rank in range(world_size)
+        ]
+        deadline = time.monotonic() + timeout
+        try:
+            for process in processes:
+                process.start()
+            for rank, process in enumerate(processes):
+                if rank not in silent:
+                    process.join(max(0.0, deadline - time.monotonic()))
+            codes = [process.exitcode for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.join()
+        files = [Path(folder) / f"stderr-{rank}" for rank in range(world_size)]
+        return [Ended(code, file.read_text()) for code, file in zip(codes, files, strict=True)]
+
+
+def _to_the_end(rank: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.dup2(os.open(Path(folder) / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    code = 0
+    try:
+        function(rank, *args)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    os._exit(code)
 
 
 def _collect(readers: list[Connection], deadline: float, timeout: float) -> list[Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import RankFailedError, run_ranks
+from tests.ranks import RankFailedError, end_ranks, run_ranks
 
 
 def summed(rank: int, offset: torch.Tensor) -> tuple[int, str, torch.Tensor]:
@@ -54,6 +54,20 @@ def test_the_failing_ranks_traceback_is_raised_while_the_other_waits() -> None:
 def test_a_rank_that_dies_is_a_failure() -> None:
     with pytest.raises(RankFailedError, match="rank 1 of 2 failed:\nit died"):
         run_ranks(dies, 2)
+
+
+def ends_otherwise(rank: int) -> None:
+    if rank == 0:
+        raise KeyError("the cause")
+    if rank == 1:
+        os._exit(3)
+    time.sleep(600)
+
+
+def test_how_each_rank_ended() -> None:
+    ended = end_ranks(ends_otherwise, 3, silent=[2])
+    assert [rank.code for rank in ended] == [1, 3, None]
+    assert "KeyError: 'the cause'" in ended[0].said
 
 
 def test_a_rank_that_hangs_is_named_and_killed() -> None:

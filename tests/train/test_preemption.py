@@ -1,8 +1,10 @@
 """A signal ends a run on all ranks at one step, saved; it goes on as if unbroken; who lost the lease writes nothing."""
 
 import json
+import multiprocessing
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ from typing import Any
 import pytest
 
 from tests.data.tiny import make_dataset
-from tests.ranks import RankFailedError, run_ranks
+from tests.distributed.test_watchdog import is_alive
+from tests.ranks import RankFailedError, end_ranks, run_ranks
 from tests.train.test_run import assert_same_end, run, tiny_config
 from tests.train.tiny_run import tiny_backbone
 from tracekin import checkpoint
@@ -176,3 +179,32 @@ def test_slurms_name_of_a_start() -> None:
     assert this_start({"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "2"}) == ("12", 2)
     array = {"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
     assert this_start(array) == ("12_3", 0)
+
+
+def run_that_stalls(rank: int, config: Config, notes: Path) -> None:
+    """Rank 1 sleeps for ever before its fifth step, beside its loader."""
+
+    def stall() -> None:
+        (children,) = multiprocessing.active_children()
+        notes.write_text(str(children.pid))
+        time.sleep(600)
+
+    run_with(rank, config, {1: (4, stall)})
+
+
+def test_a_stalled_run_says_who_stalls_and_goes_on_as_if_unbroken(whole: Config, tmp_path: Path) -> None:
+    guarded = replace(whole.guard, stall_seconds=3.0)
+    config = replace(whole, folder=str(tmp_path), data=replace(whole.data, workers=1), guard=guarded)
+    ended = end_ranks(run_that_stalls, 2, config, tmp_path / "loader")
+    assert [rank.code for rank in ended] == [75, 75], ended
+    while is_alive((tmp_path / "loader").read_text()):  # it was killed; the kernel takes its time
+        time.sleep(0.01)
+    start, end = (json.loads(line) for line in (config.run_folder / "starts.jsonl").read_text().splitlines())
+    assert (start["event"], end["event"], end["outcome"]) == ("start", "end", "stalled")
+    assert end["cause"].startswith("step 5 has stalled for ")
+    assert "rank 0 waits in all-gather " in end["cause"]
+    assert "rank 1 has not come to all-gather " in end["cause"]
+    assert sum(end["cause"] in rank.said for rank in ended) == 1
+
+    run_ranks(run, 2, replace(config, data=whole.data))
+    assert_same_end(whole, config)

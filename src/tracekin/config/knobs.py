@@ -261,8 +261,8 @@ class GuardConfig:
     fingerprint_every: int = 100
     """Steps between two comparisons of all ranks' networks, step and images, which also precede every checkpoint."""
     stall_seconds: float = 600.0
-    """Longest time that a step, the data it waits for or a checkpoint may take before every rank says where it is and
-    ends with 75; 0 waits for ever."""
+    """Longest time that a step, the data it waits for or a checkpoint may take before the run ends with 75 and names
+    the rank that the others wait for; 0 waits for ever. The start and its first step have 600 s at least."""
 
     def __post_init__(self) -> None:
         for key in ("nonfinite", "fingerprint_every"):

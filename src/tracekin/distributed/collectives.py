@@ -4,6 +4,7 @@ Nothing here carries gradients: mined targets are stop-gradients, and the loss n
 """
 
 import re
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +22,39 @@ _LOST = re.compile(
     "closed by peer|reset by peer|broken pipe|connection refused|no route to host|timed out|gloo|nccl|killed by signal",
     re.IGNORECASE,
 )
+
+
+class Calls:
+    """This rank's collectives, in the order in which every rank starts them: what the watchdog tells of."""
+
+    def __init__(self) -> None:
+        self.started = 0
+        """Number of the last one that was started; they count from 1."""
+        self.names: deque[str] = deque(maxlen=64)
+        """Of the last ones, as far as ranks can be apart."""
+        self.current: _Call | None = None
+        """What the host waits for just now. NCCL's are waited for by the device."""
+
+
+class _Call:
+    """A collective: numbered where it is started; ``with`` notes that the host waits for it. A fraction of 1 us."""
+
+    __slots__ = ("name", "number")
+
+    def __init__(self, name: str) -> None:
+        CALLS.started += 1
+        CALLS.names.append(name)
+        self.number, self.name = CALLS.started, name
+
+    def __enter__(self) -> "_Call":
+        CALLS.current = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        CALLS.current = None
+
+
+CALLS = Calls()
 
 
 @dataclass
@@ -54,10 +88,11 @@ def open_group(extent: str, local_size: int) -> Group:
     """
     if extent == "rank" or world_size() == 1 or (extent == "node" and local_size == 1):
         return Group()
-    if extent == "global":
-        return Group(rank(), world_size(), dist.new_group(timeout=TIMEOUT))
-    assert world_size() % local_size == 0, (world_size(), local_size)
-    handle, _ = dist.new_subgroups(local_size, timeout=TIMEOUT)
+    with _Call("new group"):
+        if extent == "global":
+            return Group(rank(), world_size(), dist.new_group(timeout=TIMEOUT))
+        assert world_size() % local_size == 0, (world_size(), local_size)
+        handle, _ = dist.new_subgroups(local_size, timeout=TIMEOUT)
     return Group(rank() % local_size, local_size, handle)
 
 
@@ -91,8 +126,9 @@ def start_gather(tensor: Tensor, traffic: Traffic | None = None, group: Group | 
     if traffic is not None:
         traffic.count(whole)
     # As bytes: what travels is not summed, and gloo does not know every dtype.
-    work = dist.all_gather_into_tensor(_bytes(whole), _bytes(local), group=group.handle, async_op=True)
-    return partial(_arrived, [work], whole, local)
+    with _Call("all-gather") as call:
+        work = dist.all_gather_into_tensor(_bytes(whole), _bytes(local), group=group.handle, async_op=True)
+    return partial(_arrived, call, [work], whole, local)
 
 
 @torch.no_grad()
@@ -106,7 +142,9 @@ def start_shift(tensor: Tensor, traffic: Traffic, group: Group) -> Callable[[], 
         dist.P2POp(dist.isend, _bytes(sent), group=group.handle, group_peer=to),
         dist.P2POp(dist.irecv, _bytes(received), group=group.handle, group_peer=source),
     ]
-    return partial(_arrived, dist.batch_isend_irecv(operations), received, sent)
+    with _Call("ring shift") as call:
+        works = dist.batch_isend_irecv(operations)
+    return partial(_arrived, call, works, received, sent)
 
 
 @torch.no_grad()
@@ -114,7 +152,8 @@ def total(tensor: Tensor) -> Tensor:
     """Sum over ranks, as a new tensor on every rank."""
     summed = tensor.detach().clone()
     if world_size() > 1:
-        dist.all_reduce(summed)
+        with _Call("all-reduce"):
+            dist.all_reduce(summed)
     return summed
 
 
@@ -123,7 +162,8 @@ def gather_objects(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
+    with _Call("all-gather of objects"):
+        dist.all_gather_object(found, value)
     return found
 
 
@@ -132,20 +172,25 @@ def broadcast_object(value: Any) -> Any:
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    with _Call("broadcast of objects"):
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def open_host_group() -> Any:
     """A group of all ranks whose collectives run on the host, so that no rank waits for its device. Collective."""
-    return dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size() > 1 else None
+    if world_size() == 1:
+        return None
+    with _Call("new group"):
+        return dist.new_group(backend="gloo", timeout=TIMEOUT)
 
 
 def maxima(values: Sequence[int], group: Any) -> list[int]:
     """The ranks' largest value at each place; ``group`` is of ``open_host_group``."""
     box = torch.tensor([int(value) for value in values])
     if world_size() > 1:
-        dist.all_reduce(box, dist.ReduceOp.MAX, group)
+        with _Call("all-reduce of maxima"):
+            dist.all_reduce(box, dist.ReduceOp.MAX, group)
     return box.tolist()
 
 
@@ -163,13 +208,25 @@ def lost_a_rank(error: BaseException | None) -> bool:
 
 def barrier() -> None:
     if world_size() > 1:
-        dist.barrier()
+        with _Call("barrier"):
+            dist.barrier()
 
 
-def _arrived(works: Sequence[Any], received: Tensor, sent: Tensor) -> Tensor:
+def open_store(prefix: str) -> Any:
+    """A connection of one's own to where the ranks met, to be used while the main thread waits for whatever it waits.
+
+    Keys begin with ``prefix``. No call is bounded in time: with its server stopped, even ``check`` waits for ever.
+    """
+    assert dist.group.WORLD is not None
+    mine = dist.group.WORLD.get_group_store().clone()
+    return dist.PrefixStore(prefix, mine)  # type: ignore[attr-defined]  # documented, but not in its __all__
+
+
+def _arrived(call: _Call, works: Sequence[Any], received: Tensor, sent: Tensor) -> Tensor:
     """Wait for the works; ``sent`` is named so that it lives as long as it travels."""
-    for work in works:
-        work.wait()
+    with call:
+        for work in works:
+            work.wait()
     return received
 
 

@@ -1,7 +1,6 @@
 """A pretraining run: what surrounds the step. One entry under python, torchrun and srun."""
 
 import json
-import multiprocessing
 import os
 import platform
 import time
@@ -19,6 +18,7 @@ from tracekin.data.order import left_over, num_steps_per_epoch, shuffle_of
 from tracekin.data.stream import pretrain_batches
 from tracekin.distributed import collectives
 from tracekin.distributed.group import process_group
+from tracekin.distributed.watchdog import Watchdog, leave
 from tracekin.distributed.world import World, world_from_environment
 from tracekin.files import write_text
 from tracekin.model.byol import Online, Target, tau_at
@@ -76,8 +76,14 @@ def pretrain(config: Config, *, allow_change: bool = False) -> Outcome:
     device = _claim_device(config, world)
     preflight(device)
     start = Start(config.run_folder, world)
-    with signals_raise_a_flag(_interrupted) as flag, start.guarded(), process_group(world, device):
-        return _Run(config, manifest, world, device, start, flag, allow_change).train()
+    watchdog = Watchdog(world, config.guard.stall_seconds, start.stalled)
+    with (
+        signals_raise_a_flag(lambda: leave(130)) as flag,
+        start.guarded(),
+        process_group(world, device),
+        watchdog,
+    ):
+        return _Run(config, manifest, world, device, start, flag, watchdog, allow_change).train()
 
 
 class _Run:
@@ -91,10 +97,11 @@ class _Run:
         device: torch.device,
         start: Start,
         flag: Flag,
+        watchdog: Watchdog,
         allow_change: bool,
     ) -> None:
         self.config, self.manifest, self.world, self.device = config, manifest, world, device
-        self.start, self.flag = start, flag
+        self.start, self.flag, self.watchdog = start, flag, watchdog
         self.folder = config.run_folder
         self.shuffle = shuffle_of(config.data, config.seed, config.train.global_batch)
         self.steps_per_epoch = num_steps_per_epoch(manifest.count("train"), self.shuffle)
@@ -140,6 +147,7 @@ class _Run:
             stop = self._loop(sinks, progress)
         finally:
             self.saver.wait()  # a checkpoint under way is finished, whatever else has gone wrong
+            self.watchdog.beat(self.step, "end")
             for closable in [*sinks, *([progress] if progress else [])]:
                 closable.close()
         outcome = {"": "finished", "INT": "interrupted"}.get(stop, "preempted")
@@ -165,7 +173,9 @@ class _Run:
             if progress:
                 progress.update()
             end_of_epoch = self.step % self.steps_per_epoch == 0
-            save = end_of_epoch or bool(stop) or (config.save_every > 0 and self.step % config.save_every == 0)
+            save = end_of_epoch or (config.save_every > 0 and self.step % config.save_every == 0)
+            save = save and not self.refusals.in_row  # a checkpoint to go back to lies before what goes wrong
+            save = save or bool(stop) or self.step == self.num_steps
             if not save and self.step % config.log_every:
                 continue
             record = self._record(schedule, time.perf_counter() - began, self.step - first)
@@ -196,8 +206,10 @@ class _Run:
     def _one_step(self, batches: Iterator[Batch], step: int) -> tuple[dict[str, float], str]:
         """One step and what is measured of it; returns the schedule's values and the signal that was agreed on."""
         config, mining = self.config, self.config.mining
+        self.watchdog.beat(step + 1, "data")
         with self.clock.phase("data", host=True):
             batch = next(batches).to(self.device, non_blocking=True).developed()
+        self.watchdog.beat(step + 1, "step")
         self.skips.fresh += batch.skipped
         warmup_steps = round(config.optimiser.warmup_epochs * self.steps_per_epoch)
         peak = peak_lr(config.optimiser, config.train.global_batch)
@@ -272,6 +284,7 @@ class _Run:
 
     def _save(self, lr: float, *, end_of_epoch: bool) -> None:
         """Begin a checkpoint and, at the end of an epoch, write the gallery; collective."""
+        self.watchdog.beat(self.step, "checkpoint")
         self.fingerprint.compare(self.step - 1, self.batch)
         self.fingerprint.check_finite()
         with self.clock.phase("save", host=True):
@@ -352,10 +365,3 @@ def _claim_device(config: Config, world: World) -> torch.device:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(config.train.threads or max(1, cores // world.local_size))
     return torch.device("cpu")
-
-
-def _interrupted() -> None:
-    """End this process as a second Ctrl-C asks."""
-    for child in multiprocessing.active_children():  # loader processes
-        child.kill()
-    os._exit(130)

@@ -87,6 +87,16 @@ class Start:
         with (self.folder / "starts.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    def stalled(self, cause: str) -> None:
+        """Log that the watchdog ends this start; once, where ranks that cannot ask each other all say so.
+
+        Raises:
+            FencedError: as ``check``.
+        """
+        last = _last_line(self.folder / "starts.jsonl")
+        if (last.get("outcome"), last.get("job"), last.get("restart")) != ("stalled", self.job, self.restart):
+            self.log("end", outcome="stalled", cause=cause, rank=self.world.rank)
+
     @contextmanager
     def guarded(self) -> Iterator[None]:
         """Log how the block ends where it does not end well; a fenced start's errors are a FencedError.
