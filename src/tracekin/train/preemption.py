@@ -16,6 +16,9 @@ for itself."""
 INSIST_SECONDS = 0.3
 """A second INT that comes sooner is the same wish: a launcher passes on what the terminal has sent already."""
 
+END = b"\0"
+"""No signal's number."""
+
 
 class Flag:
     """Which signal came, if any; the later in SIGNALS counts more."""
@@ -58,14 +61,15 @@ def signals_raise_a_flag(end_now: Callable[[], None]) -> Iterator[Flag]:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.set_wakeup_fd(wakeup)
-        os.close(writer)
+        os.write(writer, END)  # not by closing it: loader processes, which are forks, hold it open
         listener.join()
+        os.close(writer)
         os.close(reader)
 
 
 def _listen(reader: int, end_now: Callable[[], None]) -> None:
     first = None
-    while numbers := os.read(reader, 64):
+    while END not in (numbers := os.read(reader, 64)):
         if signal.SIGINT not in numbers:
             continue
         if first is None:
