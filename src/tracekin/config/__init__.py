@@ -10,6 +10,7 @@ from tracekin.config.knobs import (
     DataConfig,
     EvaluateConfig,
     InfluenceConfig,
+    InitConfig,
     MiningConfig,
     ModelConfig,
     MonitorConfig,
@@ -18,7 +19,7 @@ from tracekin.config.knobs import (
     Policy,
     TrainConfig,
 )
-from tracekin.config.loader import flat, load, to_dict, to_yaml
+from tracekin.config.loader import attribute, flat, load, shareable, to_dict, to_yaml
 
 __all__ = [
     "AugmentConfig",
@@ -26,6 +27,7 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "InfluenceConfig",
+    "InitConfig",
     "MiningConfig",
     "ModelConfig",
     "MonitorConfig",
@@ -34,8 +36,10 @@ __all__ = [
     "Policy",
     "TrainConfig",
     "UserError",
+    "attribute",
     "flat",
     "load",
+    "shareable",
     "to_dict",
     "to_yaml",
 ]

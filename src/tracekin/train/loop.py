@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tracekin import checkpoint
-from tracekin.config import Config, UserError, to_dict, to_yaml
+from tracekin.config import Config, UserError, shareable, to_dict, to_yaml
 from tracekin.data.manifest import Manifest, read_manifest
 from tracekin.data.order import left_over, num_steps_per_epoch, shuffle_of
 from tracekin.data.stream import pretrain_batches
@@ -20,6 +20,7 @@ from tracekin.distributed.group import process_group
 from tracekin.distributed.world import World, world_from_environment
 from tracekin.files import write_text
 from tracekin.model.byol import Online, Target, tau_at
+from tracekin.model.initial import sentence, start_from
 from tracekin.monitor.environment import environment
 from tracekin.monitor.metrics import Clock, Meter
 from tracekin.monitor.progress import Progress
@@ -81,6 +82,10 @@ class _Run:
         self.num_steps = config.train.epochs * self.steps_per_epoch
         torch.manual_seed(config.seed)
         online = Online(config.model, config.data.channels, config.train.precision == "bf16").to(device)
+        self.initial = None
+        if config.init.from_ is not None and checkpoint.latest(self.folder) is None:
+            self.initial = start_from(online.backbone, Path(config.init.from_))
+            self._say(f"{self.folder}: {sentence(self.initial)}")
         self.target = Target(online)
         self.step = 0
         if world.is_main:
@@ -96,6 +101,7 @@ class _Run:
                     f" give this run another name=... or remove {self.folder}."
                 )
             self.step = int(state["step"])
+            self.initial = state["environment"].get("init")
         self.engine = build_engine(online, config.optimiser, config.train, world)
         if found is not None:
             load_optimiser_tensors(self.engine, checkpoint.load_part(found, "optimiser"))
@@ -106,6 +112,7 @@ class _Run:
         self.skips = Skips(manifest.count("train"), config.data.max_bad_fraction)
         # Gathered once: it asks git, which no checkpoint should wait for.
         self.facts = environment(world.size, device, config.train.zero_stage) if world.is_main else {}
+        self.facts |= {"init": self.initial} if self.initial else {}
         self.slowest_stop = config.train.stop_seconds
 
     def train(self) -> Outcome:
@@ -270,9 +277,7 @@ class _Run:
         self.start.begin(step=self.step, steps=self.num_steps, ranks=self.world.size, host=platform.node())
         write_text(self.folder / "config.yaml", to_yaml(self.config))
         write_text(self.folder / "environment.json", json.dumps(self.facts, indent=1) + "\n")
-        sent = to_dict(self.config)  # to W&B: no path of this machine
-        del sent["folder"]
-        sent["data"]["manifest"] = self.manifest.name
+        sent = shareable(self.config, self.manifest.name)  # to W&B
         return open_sinks(self.config.monitor, self.folder, self.config.name, sent, self.step)
 
     def _headline(self) -> str:
