@@ -17,7 +17,7 @@ from torch import nn
 from tests.data.tiny import make_dataset
 from tests.evaluate.tiny_runs import make_run
 from tracekin import checkpoint, cli
-from tracekin.config import Config, ModelConfig, load
+from tracekin.config import Config, ModelConfig, UserError, load
 from tracekin.data.batch import Batch
 from tracekin.data.manifest import Manifest
 from tracekin.data.stream import evaluation_batches
@@ -73,29 +73,16 @@ LOADER = f"""
 import json, sys
 sys.modules["tracekin"] = None
 import numpy, torch
-batches = torch.from_numpy(numpy.load(sys.argv[1])).contiguous(memory_format=torch.channels_last).split({SIZES})
-for form, (path, usage) in json.loads(sys.argv[2]).items():
+for path, usage, images in json.loads(sys.argv[1]):
     scope = dict(path=path)
     exec(usage, scope)
-    with torch.inference_mode():
-        features = [scope["net"](batch.numpy() if form == "onnx" else batch) for batch in batches]
+    features = []
+    for part in torch.from_numpy(numpy.load(images)).split({SIZES}):
+        part = part.to("cpu", memory_format=torch.channels_last)  # as evaluation: the order of its sums depends on it
+        with torch.inference_mode():
+            features.append(scope["net"](part.numpy() if path.endswith(".onnx") else part))
     numpy.save(path + ".npy", numpy.concatenate(features))
 """
-
-
-def load_without_tracekin(folder: Path, images: torch.Tensor, written: dict[str, tuple[str, str]]) -> dict[str, Any]:
-    """Run each format's printed lines in a process that cannot import tracekin; its features by format."""
-    np.save(folder / "images.npy", images.numpy())
-    command = [sys.executable, "-c", LOADER, str(folder / "images.npy"), json.dumps(written)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert result.returncode == 0, result.stderr
-    return {form: np.load(f"{path}.npy") for form, (path, _) in written.items()}
-
-
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    assert found.shape == expected.shape
-    assert found.dtype == np.float32
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def printed_usage(text: str) -> str:
@@ -122,16 +109,50 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
     return written
 
 
-def test_every_format_gives_evaluations_features(
-    run: Path, exported: dict[str, tuple[str, str]], tmp_path: Path
+@pytest.fixture(scope="module")
+def stems(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> dict[str, Path]:
+    """Runs on grey images, one of them with the stem for small ones."""
+    folder = tmp_path_factory.mktemp("stems")
+    small = ModelConfig(small_stem=True)
+    grey = lived(make_run(folder / "grey", manifest, channels=1))
+    return {"grey": grey, "small": lived(make_run(folder / "small", manifest, channels=1, model=small))}
+
+
+STEMS = [("grey", "torchvision"), ("grey", "timm"), ("small", "safetensors"), ("small", "torchscript")]
+
+
+@pytest.fixture(scope="module")
+def loaded(
+    tmp_path_factory: pytest.TempPathFactory,
+    run: Path,
+    stems: dict[str, Path],
+    exported: dict[str, tuple[str, str]],
+) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+    """Run and format -> what the printed lines make of random images where tracekin cannot be imported, and ours."""
+    folder = tmp_path_factory.mktemp("loaded")
+    images = {c: torch.randn(sum(SIZES), c, 32, 32, generator=torch.Generator().manual_seed(0)) for c in (1, 3)}
+    for channels, some in images.items():
+        np.save(folder / f"{channels}.npy", some.numpy())
+    jobs = {("mine", form): [*written, str(folder / "3.npy")] for form, written in exported.items()}
+    expected = {"mine": ours(run, images[3])} | {name: ours(path, images[1]) for name, path in stems.items()}
+    for name, form in STEMS:
+        found = export(stems[name], form, None)
+        assert found.files[0] == stems[name] / "export" / f"{name}-step-00000040-{form}{SUFFIXES[form]}"
+        jobs[name, form] = [str(found.files[0]), found.usage, str(folder / "1.npy")]
+    command = [sys.executable, "-c", LOADER, json.dumps([*jobs.values()])]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return {job: (np.load(f"{path}.npy"), expected[job[0]]) for job, (path, _, _) in jobs.items()}
+
+
+@pytest.mark.parametrize("job", [*(("mine", form) for form in SUFFIXES), *STEMS], ids="-".join)
+def test_what_is_loaded_without_tracekin_gives_evaluations_features(
+    loaded: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]], job: tuple[str, str]
 ) -> None:
-    images = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    expected = ours(run, images)
-    found = load_without_tracekin(tmp_path, images, exported)
-    assert found.keys() == SUFFIXES.keys()
-    for form, features_found in found.items():
-        print(form, relative(features_found, expected))
-        assert relative(features_found, expected) <= (1e-5 if form == "onnx" else 1e-6), form
+    found, expected = loaded[job]
+    assert found.shape == expected.shape == (sum(SIZES), 512)
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).max() <= (1e-5 if job[1] == "onnx" else 1e-6) * np.abs(expected).max()
 
 
 def metadata(form: str, path: str) -> dict[str, Any]:
@@ -195,23 +216,10 @@ def test_the_metadata_prepare_an_image_as_evaluation_does(tmp_path: Path) -> Non
     assert np.abs(prepared - batch.views[0, 0, 0].numpy()).max() < 0.6 / 255 / seen["std"][0]  # Pillow rounds the luma
 
 
-def test_other_stems(manifest: Manifest, tmp_path: Path) -> None:
-    """Grey images, and the stem for small ones: a line more, which is printed; timm has no such stem, and says so."""
-    grey = lived(make_run(tmp_path / "grey", manifest, channels=1))
-    small = lived(make_run(tmp_path / "small", manifest, channels=1, model=ModelConfig(small_stem=True)))
-    images = torch.randn(7, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    for run, forms in ((grey, ["torchvision", "timm"]), (small, ["safetensors", "torchscript"])):
-        written = {}
-        for form in forms:
-            found = export(run, form, None)
-            assert found.files[0] == run / "export" / f"{run.name}-step-00000040-{form}{SUFFIXES[form]}"
-            written[form] = (str(found.files[0]), found.usage)
-        expected = ours(run, images)
-        for form, features_found in load_without_tracekin(tmp_path, images, written).items():
-            assert relative(features_found, expected) <= 1e-6, form
-    with pytest.raises(ValueError, match=r"timm has no .* torchvision, safetensors, torchscript or onnx"):
-        export(small, "timm", None)
-    assert not list(small.glob("export/*timm*"))
+def test_timm_has_no_small_stem_and_says_so(stems: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"timm has no .* torchvision, safetensors, torchscript or onnx"):
+        export(stems["small"], "timm", None)
+    assert not list(stems["small"].glob("export/*timm*"))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
@@ -284,6 +292,6 @@ def test_a_write_that_fails_leaves_nothing(run: Path, tmp_path: Path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(ValueError, match=r"cannot write .*x\.pth.*No space left"):
+    with pytest.raises(UserError, match=r"cannot write .*x\.pth.*No space left"):
         export(run, "torchvision", tmp_path / "x.pth")
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Weights from anybody's file: tensors by name, read so that nothing in the file is ever run."""
 
 import pickle
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -31,13 +32,13 @@ def read_weights(path: Path) -> tuple[str, dict[str, Tensor]]:
     try:
         form, reader = _format(path)
         found = reader(path)
-    except (pickle.UnpicklingError, _NotTensorsError):
+    except OSError as error:
+        raise UserError(f"cannot read weights from {path}: {error.strerror}; accepted is {ACCEPTED}.") from None
+    except Exception:  # zipfile, torch, safetensors and damaged pickles each have their own
         raise UserError(
-            f"{path} asks for code of its own to be run while it is read, which was not done; accepted is {ACCEPTED}."
+            f"cannot read weights from {path}: it is damaged, or no file of weights, or asks for code of its own to be"
+            f" run, which was not done; accepted is {ACCEPTED}."
         ) from None
-    except Exception as error:  # zipfile, torch, safetensors and damaged pickles each have their own
-        reason = (str(error).splitlines() or [repr(error)])[0].rstrip(".")
-        raise UserError(f"cannot read weights from {path}: {reason}; accepted is {ACCEPTED}.") from None
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"{path} holds no plain state dict (tensors by name); accepted is {ACCEPTED}.")
     return form, found
@@ -52,11 +53,13 @@ def _format(path: Path) -> tuple[str, Callable[[Path], Any]]:
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return "torchscript", _read_torchscript
-    return "torch", lambda path: torch.load(path, map_location="cpu", weights_only=True)
+    return "torch", _read_torch
 
 
-class _NotTensorsError(Exception):
-    """A pickle names something else than tensors and the modules that hold them."""
+def _read_torch(path: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what it then refuses
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class _Node:
@@ -100,7 +103,7 @@ _DTYPES = {
 
 
 def _refuse(module: str, name: str) -> Any:
-    raise _NotTensorsError(f"{module}.{name}")
+    raise pickle.UnpicklingError(f"{module}.{name} is neither a tensor nor a module that holds some")
 
 
 def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
