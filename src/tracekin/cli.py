@@ -117,7 +117,7 @@ def influence(run: Path, overrides: tuple[str, ...], split: str, out: Path) -> N
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="The file; without it RUN/export/NAME-STEP-FORMAT and its suffix. A file that is there is never overwritten.",
+    help="The file; without it RUN/export/NAME-STEP and a suffix. A file that is there is never overwritten.",
 )
 @click.option("--manifest", help="Where the run's manifest.json lies now, if it moved; its shards are not needed.")
 def export(run: Path, form: str, out: Path | None, manifest: str | None) -> None:

@@ -1,8 +1,11 @@
 """What tracekin export writes is loaded by what it prints, without tracekin, and gives evaluation's features."""
 
 import json
+import os
+import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +92,12 @@ def printed_usage(text: str) -> str:
     return "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
 
 
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 @pytest.fixture(scope="module")
 def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
     """The command for each format: file and printed lines."""
@@ -96,16 +105,20 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
     written = {}
     for form, suffix in SUFFIXES.items():
         out = folder / f"{form}{suffix}"
-        result = CliRunner().invoke(cli.cli, ["export", str(run), "--format", form, "--out", str(out)])
+        with warnings.catch_warnings():
+            for kind in (FutureWarning, UserWarning):
+                warnings.simplefilter("error", kind)  # a user would see it
+            result = CliRunner().invoke(cli.cli, ["export", str(run), "--format", form, "--out", str(out)])
         assert result.exit_code == 0, result.exception
         assert not result.stderr
         lines = result.stdout.splitlines()
         assert lines[0].startswith(f"written: {out}")
-        assert max(map(len, lines[1:])) <= 80
+        assert max(len(line) for line in lines if not line.startswith("written: ")) <= 80
         usage = printed_usage(result.stdout)
         assert sum(not line.startswith("import ") for line in usage.splitlines()) <= 3
         written[form] = (str(out), usage)
-    assert not list(folder.glob(".*"))
+    assert len(list(folder.iterdir())) == len(SUFFIXES) + 1  # and the json
+    assert all(file.stat().st_mode & 0o444 == 0o444 & ~umask() for file in folder.iterdir())
     return written
 
 
@@ -137,7 +150,8 @@ def loaded(
     expected = {"mine": ours(run, images[3])} | {name: ours(path, images[1]) for name, path in stems.items()}
     for name, form in STEMS:
         found = export(stems[name], form, None)
-        assert found.files[0] == stems[name] / "export" / f"{name}-step-00000040-{form}{SUFFIXES[form]}"
+        tag = "-timm" if form == "timm" else ""
+        assert found.files[0] == stems[name] / "export" / f"{name}-step-00000040{tag}{SUFFIXES[form]}"
         jobs[name, form] = [str(found.files[0]), found.usage, str(folder / "1.npy")]
     command = [sys.executable, "-c", LOADER, json.dumps([*jobs.values()])]
     result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
@@ -286,12 +300,13 @@ def test_onnx_without_its_packages_names_the_extra(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_write_that_fails_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(content: Any, path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match=r"cannot write .*x\.pth.*No space left"):
-        export(run, "torchvision", tmp_path / "x.pth")
+@pytest.mark.parametrize("form", ["torchvision", "timm", "torchscript"])
+def test_a_write_that_fails_leaves_nothing(run: Path, tmp_path: Path, form: str) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))  # as good as a full disk
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*: File too large"):
+            export(run, form, tmp_path / f"x{SUFFIXES[form]}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())

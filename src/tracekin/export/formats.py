@@ -1,5 +1,6 @@
-"""One function a format: it writes the encoder with its facts, and another says how to load that without tracekin."""
+"""Two functions a format: the encoder and its facts as the bytes of a file, and how to load it without tracekin."""
 
+import io
 import json
 import warnings
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from tracekin.config import UserError
 from tracekin.export import SUFFIXES
 from tracekin.export.encoder import Encoder, read_encoder
-from tracekin.files import appearing, write_text
+from tracekin.files import write_bytes, write_text
 
 INPUT, OUTPUT = "images", "features"
 
@@ -31,7 +32,7 @@ def export(run_folder: Path, form: str, out: Path | None, manifest: str | None =
     Args:
         run_folder: what ``tracekin pretrain`` left.
         form: the format.
-        out: the file, which must not exist; None takes RUN/export/NAME-STEP-FORMAT.
+        out: the file, which must not exist; None takes one in RUN/export.
         manifest: where the run's manifest.json lies now, if no longer where its config says.
 
     Raises:
@@ -45,21 +46,24 @@ def export(run_folder: Path, form: str, out: Path | None, manifest: str | None =
             "timm has no ResNet with model.small_stem=true; export it with --format torchvision, safetensors,"
             " torchscript or onnx."
         )
-    path = out or run_folder / "export" / f"{encoder.stem}-{form}{SUFFIXES[form]}"
+    tag = "-timm" if form == "timm" else ""  # safetensors too
+    path = out or run_folder / "export" / f"{encoder.stem}{tag}{SUFFIXES[form]}"
     files = [path, path.with_suffix(".json")] if form == "torchvision" else [path]
     for file in files:
         if file.exists():
             raise UserError(f"{file} is there already; remove it or name another file with --out.")
     usage = _USAGES[form](encoder)
-    facts = {key: json.dumps(value) for key, value in (encoder.facts | {"usage": usage}).items()}
+    facts = encoder.facts | {"usage": usage}
+    content = _SERIALISERS[form](encoder, {key: json.dumps(value) for key, value in facts.items()})
     try:
         path.parent.mkdir(parents=out is None, exist_ok=True)
-        with appearing(path) as temporary:
-            _WRITERS[form](encoder, temporary, facts)
-            for beside in files[1:]:  # before the encoder, which is never without it
-                write_text(beside, json.dumps(encoder.facts | {"usage": usage}, indent=1) + "\n")
+        for beside in files[1:]:  # before the encoder, which is never without it
+            write_text(beside, json.dumps(facts, indent=1) + "\n")
+        write_bytes(path, content)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error}.") from None
+        for beside in files[1:]:
+            beside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}.") from None
     return Exported(files, usage, encoder)
 
 
@@ -70,22 +74,29 @@ def _require_onnx() -> None:
         raise UserError('--format onnx needs packages that are not installed: pip install "tracekin[onnx]"') from None
 
 
-def _write_torchvision(encoder: Encoder, path: Path, facts: dict[str, str]) -> None:
-    torch.save(encoder.net.state_dict(), path)
+# Whole in memory first, 240 MB at most: torch's own writers answer a full disk with errors of many types.
 
 
-def _write_safetensors(encoder: Encoder, path: Path, facts: dict[str, str]) -> None:
-    safetensors.torch.save_file(encoder.net.state_dict(), path, metadata={"format": "pt", **facts})
+def _as_torchvision(encoder: Encoder, facts: dict[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(encoder.net.state_dict(), buffer)
+    return buffer.getvalue()
 
 
-def _write_torchscript(encoder: Encoder, path: Path, facts: dict[str, str]) -> None:
+def _as_safetensors(encoder: Encoder, facts: dict[str, str]) -> bytes:
+    content: bytes = safetensors.torch.save(encoder.net.state_dict(), metadata={"format": "pt", **facts})
+    return content
+
+
+def _as_torchscript(encoder: Encoder, facts: dict[str, str]) -> bytes:
+    buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch deprecates TorchScript, which the user has asked for
-        scripted = torch.jit.script(encoder.net)
-    torch.jit.save(scripted, str(path), _extra_files=facts)
+        torch.jit.save(torch.jit.script(encoder.net), buffer, _extra_files=facts)
+    return buffer.getvalue()
 
 
-def _write_onnx(encoder: Encoder, path: Path, facts: dict[str, str]) -> None:
+def _as_onnx(encoder: Encoder, facts: dict[str, str]) -> bytes:
     shape = (2, encoder.channels, encoder.image_size, encoder.image_size)
     program = torch.onnx.export(
         encoder.net,
@@ -98,15 +109,16 @@ def _write_onnx(encoder: Encoder, path: Path, facts: dict[str, str]) -> None:
     )
     assert program is not None
     program.model.metadata_props.update(facts)
-    program.save(path, external_data=False)
+    content: bytes = program.model_proto.SerializeToString()
+    return content
 
 
-_WRITERS: dict[str, Callable[[Encoder, Path, dict[str, str]], None]] = {
-    "torchvision": _write_torchvision,
-    "timm": _write_safetensors,
-    "safetensors": _write_safetensors,
-    "torchscript": _write_torchscript,
-    "onnx": _write_onnx,
+_SERIALISERS: dict[str, Callable[[Encoder, dict[str, str]], bytes]] = {
+    "torchvision": _as_torchvision,
+    "timm": _as_safetensors,
+    "safetensors": _as_safetensors,
+    "torchscript": _as_torchscript,
+    "onnx": _as_onnx,
 }
 
 
@@ -157,7 +169,12 @@ def described(exported: Exported) -> str:
     encoder, seen = exported.encoder, exported.encoder.facts["preprocessing"]
     mean, std = (", ".join(f"{x:.4g}" for x in seen[key]) for key in ("mean", "std"))
     shape = f"[N, {encoder.channels}, {encoder.image_size}, {encoder.image_size}]"
-    lines = [f"written: {' '.join(map(str, exported.files))}", "", "Without tracekin, with path naming that file:", ""]
+    lines = [
+        *(f"written: {file}" for file in exported.files),
+        "",
+        f"Without tracekin, path naming the {exported.files[0].suffix} file:",
+        "",
+    ]
     lines += [f"    {line}" for line in exported.usage.splitlines()]
     lines += ["", f"In: float32 {shape}, {seen['colour']} in 0..1, minus ({mean}),"]
     lines += [f"divided by ({std}). Out: [N, {encoder.num_features}]."]
