@@ -39,7 +39,7 @@ def start_from(backbone: nn.Module, path: Path) -> dict[str, Any]:
     tensors = own_counters | tensors
     wrong = [
         f"{name} is {_shape(tensors.get(name))} there and {_shape(own.get(name))} in the net"
-        for name in [*own, *(tensors.keys() - own.keys())]
+        for name in [*own, *sorted(tensors.keys() - own.keys())]
         if _shape(tensors.get(name)) != _shape(own.get(name))
     ]
     if wrong:
