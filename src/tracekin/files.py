@@ -1,19 +1,37 @@
 """Files that appear whole or not at all."""
 
+import os
 from pathlib import Path
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
     """Write UTF-8 text as ``write_bytes`` does."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(), durable=durable)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write under a temporary name and rename it: a kill never leaves half a file, an error not even that name."""
+def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Write under a temporary name and rename it: a kill never leaves half a file, an error not even that name.
+
+    Args:
+        path: the file.
+        content: its new content.
+        durable: wait until the content is on disk, so that a power cut does not leave an empty file either.
+    """
     temporary = path.with_name(f".{path.name}.partial")
     try:
         temporary.write_bytes(content)
+        if durable:
+            flush(temporary)
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def flush(path: Path) -> None:
+    """Wait until what was written to a file, or into a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -38,7 +38,7 @@ def make_run(
     tensors = {f"online.backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
     facts = {"world_size": 2, "engine": "deepspeed", "zero_stage": 0, "git_sha": "abc", "packages": {"torch": "2.x"}}
     state = {"dataset": manifest.fingerprint(), "config": to_dict(config), "environment": facts}
-    checkpoint.save(folder, 40, {"model": tensors, "optimiser": {}}, state, keep=2)
+    checkpoint.save(folder, 40, {"model": tensors, "optimiser": {}}, state)
     (folder / "environment.json").write_text(json.dumps(facts))
     write_metrics(folder, policy)
     if policy != "none":

@@ -53,7 +53,7 @@ def lived(run: Path) -> Path:
             tensor += 0.5 * torch.rand(len(tensor), generator=generator)
         elif not tensor.dim():
             tensor += 7
-    checkpoint.save(run, 40, {"model": tensors, "optimiser": {}}, checkpoint.load_state(newest), keep=1)
+    checkpoint.save(run, 40, {"model": tensors, "optimiser": {}}, checkpoint.load_state(newest))
     return run
 
 

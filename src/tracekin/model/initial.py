@@ -14,7 +14,7 @@ from tracekin.model.weights import ACCEPTED, read_weights
 BACKBONE = "online.backbone."
 
 
-def start_from(backbone: nn.Module, path: Path) -> dict[str, Any]:
+def start_from(backbone: nn.Module, path: str | Path) -> dict[str, Any]:
     """Load weights and batch norm statistics into a backbone.
 
     ``fc.*``, a classifier, is left out. Where the net sees one channel and the weights three, the first convolution is
@@ -31,7 +31,7 @@ def start_from(backbone: nn.Module, path: Path) -> dict[str, Any]:
         UserError: nothing there, nothing readable, or a tensor that the net lacks, misses or has in another shape; the
             backbone is as it was.
     """
-    file, form, tensors = _read(path)
+    file, form, tensors = _read(Path(path))
     tensors, changes = _fitted(tensors, backbone)
     own = backbone.state_dict()
     # Weights saved long ago lack the counters of the batches that a batch norm has seen.
