@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tracekin.config import Config, EvaluateConfig, UserError, flat, load, to_dict, to_yaml
+from tracekin.config import Config, EvaluateConfig, UserError, attribute, flat, load, to_dict, to_yaml
 from tracekin.files import write_text
 from tracekin.train.checks import FREE_KEYS, FREE_SECTIONS
 
@@ -251,6 +251,7 @@ def _with_values(section: Any, values: Mapping[str, Any]) -> Any:
     changed: dict[str, Any] = {}
     for key, value in values.items():
         first, _, rest = key.partition(".")
+        first = attribute(first)
         if rest:
             changed.setdefault(first, {})[rest] = value
         else:
@@ -264,7 +265,7 @@ def _with_values(section: Any, values: Mapping[str, Any]) -> Any:
 def _value_of(config: Config, key: str) -> Any:
     value: Any = config
     for part in key.split("."):
-        value = getattr(value, part)
+        value = getattr(value, attribute(part))
     return value
 
 
@@ -272,7 +273,7 @@ def _is_plain(key: str, value: Any) -> bool:
     """Whether a value is a text or whole number whose field takes any: nothing to convert, like seeds and manifests."""
     kind: Any = Config
     for part in key.split("."):
-        kind = next(f.type for f in fields(kind) if f.name == part)
+        kind = next(f.type for f in fields(kind) if f.name == attribute(part))
     return kind in (int, str) and type(value) is kind
 
 

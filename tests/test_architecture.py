@@ -17,16 +17,18 @@ ALLOWED = {
     "checkpoint": {"config"},
     "data": {"config", "files"},
     "influence": {"config"},
-    "model": {"config", "distributed"},
+    "model": {"config", "distributed", "checkpoint"},
     "train": LOWER | {"data", "model", "influence"},
     "evaluate": LOWER | {"data", "model", "influence"},
-    "cli": {"config", "train", "evaluate", "data", "distributed"},
+    "export": {"config", "files", "checkpoint", "data", "model"},
+    "cli": {"config", "train", "evaluate", "export", "data", "distributed"},
 }
 ONE_DOOR = {
     "deepspeed": {"src/tracekin/train/engine.py"},
     "wandb": {"src/tracekin/monitor/sinks.py"},
     "omegaconf": {"src/tracekin/config/loader.py"},
     "submitit": {"launch"},
+    "onnxscript": {"src/tracekin/export/formats.py"},
     "torch.distributed": {"src/tracekin/distributed/collectives.py", "src/tracekin/distributed/group.py"},
 }
 

@@ -36,6 +36,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["nowhere/manifest.json", "data/manifest.json"],
         ),
         (["pretrain", "run.yaml", "train.global_batch=16"], ["12 samples", "global batch of 16"]),
+        (["pretrain", "run.yaml", "init.from=nowhere.pth"], ["init.from=nowhere.pth", "no such file"]),
+        (["pretrain", "run.yaml", "init.from=run.yaml"], ["init.from", "run.yaml", "no file of weights"]),
         (["pretrain"], ["CONFIG"]),
         (["pretain"], ["pretain"]),
         (["evaluate", "runs/nothing"], ["runs/nothing", "config.yaml"]),
@@ -106,7 +108,7 @@ def test_the_whole_way(project: Path) -> None:
 
 
 def test_help_fits_a_terminal() -> None:
-    for arguments in ([], ["pretrain"], ["evaluate"], ["report"]):
+    for arguments in ([], ["pretrain"], ["evaluate"], ["report"], ["export"]):
         result = tracekin(*arguments, "--help", cwd=Path.cwd())
         assert result.returncode == 0
         assert max(map(len, result.stdout.splitlines())) <= 80

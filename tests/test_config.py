@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracekin.config import Config, EvaluateConfig, InfluenceConfig, UserError, load, to_dict, to_yaml
+from tracekin.config import Config, EvaluateConfig, InfluenceConfig, UserError, load, shareable, to_dict, to_yaml
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "sweeps")  # they are no Config
@@ -47,6 +47,9 @@ def test_shipped_configs_load_and_state_only_differences(path: Path) -> None:
         ("mining.compare=tracin", ["mining.compare=tracin", "feature, fnc, group, oracle, random, none"]),
         ("data.augment.blur=[0.5]", ["blur", "2"]),
         ("name=../elsewhere", ["name", "relative path"]),
+        ("init.frm=a.pth", ["init.frm", "did you mean init.from"]),
+        ("init.from_=a.pth", ["unknown key init.from_", "did you mean init.from?"]),
+        ("init=a.pth", ["init is a section", "accepted in it: from."]),
         ("train.epochs", ["train.epochs", "key=value"]),
         ("train.epochs=[", ["train.epochs=[", "YAML"]),
     ],
@@ -78,6 +81,32 @@ def test_text_stays_text(name: str, tmp_path: Path) -> None:
     if "'" not in name:
         with pytest.raises(UserError, match="quotes"):
             load(Config, tmp_path / "run.yaml")
+
+
+def test_a_key_may_be_a_word_of_python(tmp_path: Path) -> None:
+    """``init.from`` is what users write and read; the field has an underscore behind it."""
+    (tmp_path / "run.yaml").write_text("init: {from: a.pth}\n")
+    assert load(Config, tmp_path / "run.yaml").init.from_ == "a.pth"
+    config = load(Config, tmp_path / "run.yaml", ["init.from=12:30"])
+    assert config.init.from_ == "12:30"
+    assert to_dict(config)["init"] == {"from": "12:30"}
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load(Config, tmp_path / "again.yaml") == config
+    assert load(Config, tmp_path / "again.yaml", ["init.from=null"]).init.from_ is None
+
+
+def test_what_is_shared_holds_no_path() -> None:
+    here = [
+        "folder=/home/me/runs",
+        "data.manifest=/home/me/d/manifest.json",
+        "data.cache=/home/me",
+        "init.from=/home/me/a.pth",
+    ]
+    config = load(Config, None, here)
+    shared = shareable(config, "mine")
+    assert "/home/me" not in str(shared)
+    assert (shared["data"]["manifest"], shared["init"]["from"]) == ("mine", "a.pth")
+    assert shareable(Config(), "mine")["init"]["from"] is None
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:

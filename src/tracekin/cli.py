@@ -16,6 +16,7 @@ import click
 
 from tracekin import __version__
 from tracekin.config import Config, EvaluateConfig, InfluenceConfig, UserError, load
+from tracekin.export import SUFFIXES
 
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 TRY_AGAIN = 75
@@ -106,7 +107,8 @@ def influence(run: Path, overrides: tuple[str, ...], split: str, out: Path) -> N
     """
     config = load(InfluenceConfig, None, overrides)
     _require_run(run)
-    _require_new(out)
+    _require_file(out, ".parquet", "; the HTML page gets the same name with .html")
+    _require_new(out.with_suffix(".html"))
 
     from tracekin.evaluate.influence import find_influences, prepare
     from tracekin.evaluate.influence_table import write_influences
@@ -115,6 +117,35 @@ def influence(run: Path, overrides: tuple[str, ...], split: str, out: Path) -> N
     for sentence in write_influences(study, find_influences(study), out):
         click.echo(textwrap.fill(sentence, 80))
     click.echo(f"written: {out} {out.with_suffix('.html')}")
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--format", "form", required=True, type=click.Choice(list(SUFFIXES)), help="What is to load it.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The file; without it RUN/export/NAME-STEP and a suffix. A file that is there is never overwritten.",
+)
+@click.option("--manifest", help="Where the run's manifest.json lies now, if it moved; its shards are not needed.")
+def export(run: Path, form: str, out: Path | None, manifest: str | None) -> None:
+    """Write the encoder of RUN's newest checkpoint for use without tracekin.
+
+    It maps normalised images to features, as evaluation does. torchvision: a state
+    dict (.pth, its facts beside it in .json). timm: for timm.create_model.
+    safetensors: the same weights for whoever reads them. torchscript: a program for
+    torch.jit.load. onnx: a program for ONNX Runtime, any batch size. Preprocessing
+    and provenance (run, step, data, config, versions) are in the file's metadata;
+    the command prints the lines that load it.
+    """
+    _require_run(run)
+    if out is not None:
+        _require_file(out, SUFFIXES[form])
+
+    from tracekin.export.formats import described
+    from tracekin.export.formats import export as write
+
+    click.echo(described(write(run, form, out, manifest)))
 
 
 def _split(arguments: tuple[str, ...]) -> tuple[list[Path], list[str]]:
@@ -130,14 +161,18 @@ def _require_run(run: Path) -> None:
         raise UserError(f"{run} is no run folder (it has no config.yaml).{f' Beside it are: {near}.' if near else ''}")
 
 
-def _require_new(out: Path) -> None:
-    if out.suffix != ".parquet":
-        raise UserError(f"--out {out} must end in .parquet; the HTML page gets the same name with .html.")
+def _require_file(out: Path, suffix: str, more: str = "") -> None:
+    """Whether --out names a file that can be made."""
+    if out.suffix != suffix:
+        raise UserError(f"--out {out} must end in {suffix}{more}.")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it first.")
-    for path in (out, out.with_suffix(".html")):
-        if path.exists():
-            raise UserError(f"{path} is there already; remove it or name another file with --out.")
+    _require_new(out)
+
+
+def _require_new(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"{path} is there already; remove it or name another file with --out.")
 
 
 def _speaks_for_its_node() -> bool:

@@ -5,18 +5,27 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Write UTF-8 text under a temporary name and rename it: a kill never leaves half a file.
+    """Write UTF-8 text as ``write_bytes`` does."""
+    write_bytes(path, text.encode(), durable=durable)
+
+
+def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Write under a temporary name and rename it: a kill never leaves half a file, an error not even that name.
 
     Args:
         path: the file.
-        text: its new content.
+        content: its new content.
         durable: wait until the content is on disk, so that a power cut does not leave an empty file either.
     """
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    if durable:
-        flush(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        if durable:
+            flush(temporary)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def flush(path: Path) -> None:

@@ -2,28 +2,43 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from tracekin import checkpoint
-from tracekin.config import Config, DataConfig, MiningConfig, Policy, to_yaml
+from tracekin.config import Config, DataConfig, MiningConfig, ModelConfig, Policy, to_dict, to_yaml
 from tracekin.data.manifest import Manifest
 from tracekin.model.backbone import build_backbone
 
 
-def make_run(folder: Path, manifest: Manifest, policy: Policy = "tracin", *, seed: int = 0, weights: int = 0) -> Path:
+def make_run(
+    folder: Path,
+    manifest: Manifest,
+    policy: Policy = "tracin",
+    *,
+    seed: int = 0,
+    weights: int = 0,
+    channels: Literal[1, 3] = 3,
+    model: ModelConfig = ModelConfig(),  # noqa: B008 -- it is frozen
+) -> Path:
     """Write a run of ``seed`` whose backbone is initialised from the seed ``weights``; returns its folder."""
-    data = DataConfig(manifest=manifest.path, image_size=32)
     config = Config(
-        name=folder.name, folder=str(folder.parent), seed=seed, data=data, mining=MiningConfig(policy=policy)
+        name=folder.name,
+        folder=str(folder.parent),
+        seed=seed,
+        data=DataConfig(manifest=manifest.path, image_size=32, channels=channels),
+        model=model,
+        mining=MiningConfig(policy=policy),
     )
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     torch.manual_seed(weights)
     backbone = build_backbone(config.model, config.data.channels)
-    model = {f"online.backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
-    checkpoint.save(folder, 40, {"model": model, "optimiser": {}}, {})
-    facts = {"world_size": 2, "engine": "deepspeed", "zero_stage": 0, "packages": {"torch": "2.x"}}
+    tensors = {f"online.backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
+    facts = {"world_size": 2, "engine": "deepspeed", "zero_stage": 0, "git_sha": "abc", "packages": {"torch": "2.x"}}
+    state = {"dataset": manifest.fingerprint(), "config": to_dict(config), "environment": facts}
+    checkpoint.save(folder, 40, {"model": tensors, "optimiser": {}}, state)
     (folder / "environment.json").write_text(json.dumps(facts))
     write_metrics(folder, policy)
     if policy != "none":

@@ -56,6 +56,16 @@ def test_elements_are_what_loading_each_alone_gives(write: Any) -> None:
     assert len({element.name for element in found}) == len(found)
 
 
+def test_a_key_that_is_a_word_of_python_is_a_grid_key(write: Any) -> None:
+    """Each way in which an element gets its values: loaded, and put together from what was loaded before."""
+    grid = {"seed": [0, 1], "init": {"from": [None, "weights/a.pth"]}}
+    found = elements(read_sweep(write(grid=grid)))
+    assert [(e.config.seed, e.config.init.from_) for e in found] == [
+        (seed, path) for seed in (0, 1) for path in (None, "weights/a.pth")
+    ]
+    assert found[1].name.startswith("seed0-a.pth-")
+
+
 def test_keys_that_alter_no_result_alter_no_name(write: Any) -> None:
     names = [element.name for element in elements(read_sweep(write()))]
     free = ["data.workers=5", "monitor.wandb=disabled", "train.keep_checkpoints=9"]

@@ -232,6 +232,39 @@ def test_two_ranks_with_zero_follow_the_same_losses_and_resume(finished: Config,
     assert metrics(config)[-1]["loss"] == pytest.approx(one[-1]["loss"], rel=1e-3)
 
 
+def test_a_run_starts_from_the_weights_of_another_once(finished: Config, tmp_path: Path) -> None:
+    """Backbones, online and target, are the other run's; heads are fresh; going on needs the other run no more."""
+    source = Path(shutil.copytree(finished.run_folder, tmp_path / "source"))
+    manifest = f"data.manifest={finished.data.manifest}"
+    still = ("optimiser.lr=1e-12", "optimiser.weight_decay=0", "train.epochs=2", "mining.policy=none", "seed=5")
+    config = tiny_config(tmp_path, manifest, f"init.from={source}", "mining.compare=none", *still)
+    run_ranks(run, 2, config)
+    theirs, ours = (
+        checkpoint.load_part(found, "model") for found in map(checkpoint.latest, (source, config.run_folder)) if found
+    )
+    for name in ("0.weight", "1.weight", "1.bias", "3.weight"):
+        for network in ("online", "target"):
+            assert torch.allclose(ours[f"{network}.backbone.{name}"], theirs[f"online.backbone.{name}"], atol=1e-7)
+    assert not torch.allclose(theirs["target.backbone.0.weight"], theirs["online.backbone.0.weight"], atol=1e-4)
+    assert not torch.allclose(ours["online.projector.0.0.weight"], theirs["online.projector.0.0.weight"], atol=1e-2)
+
+    def recorded(config: Config) -> Any:
+        newest = checkpoint.latest(config.run_folder)
+        assert newest is not None
+        beside = json.loads((config.run_folder / "environment.json").read_text())["init"]
+        assert checkpoint.load_state(newest)["environment"]["init"] == beside
+        return beside
+
+    first = recorded(config)
+    assert (first["path"], first["format"], len(first["sha256"])) == (str(source), "checkpoint step-00000012", 64)
+    shutil.rmtree(source)
+    stopped = stop_after(config, 3, tmp_path / "stopped")
+    (stopped.run_folder / "environment.json").unlink()
+    run_ranks(run, 1, stopped)
+    assert metrics(stopped)[-1]["step"] == 6
+    assert recorded(stopped) == first
+
+
 def test_other_shards_under_the_same_path_are_refused(tmp_path: Path) -> None:
     make_dataset(tmp_path / "data", train=20, val=0, test=0)
     config = tiny_config(tmp_path, "train.epochs=1")
@@ -276,6 +309,8 @@ def test_unlabelled_images_train_and_leave_rates_out(tmp_path: Path) -> None:
         (["mining.k=8", "mining.pool=rank"], 2, ["mining.k=8", "pool of 8", "mining.pool=global"]),
         (["mining.k=8", "mining.pool=node"], 4, ["pool of 8"]),
         (["mining.queue=15"], 1, ["mining.queue=15", "16"]),
+        (["name=new", "init.from=nowhere.pth"], 1, ["init.from=nowhere.pth", "no such file"]),
+        (["name=new", "init.from=tests"], 1, ["init.from=tests", "without a checkpoint"]),
         (["mining.policy=tracin_cp", "train.keep_checkpoints=1"], 1, ["tracin_cp", "train.keep_checkpoints to 2"]),
     ],
 )

@@ -11,6 +11,7 @@ from tracekin.config.knobs import (
     EvaluateConfig,
     GuardConfig,
     InfluenceConfig,
+    InitConfig,
     MiningConfig,
     ModelConfig,
     MonitorConfig,
@@ -19,7 +20,7 @@ from tracekin.config.knobs import (
     Policy,
     TrainConfig,
 )
-from tracekin.config.loader import flat, load, to_dict, to_yaml
+from tracekin.config.loader import attribute, flat, load, shareable, to_dict, to_yaml
 
 __all__ = [
     "AugmentConfig",
@@ -28,6 +29,7 @@ __all__ = [
     "EvaluateConfig",
     "GuardConfig",
     "InfluenceConfig",
+    "InitConfig",
     "MiningConfig",
     "ModelConfig",
     "MonitorConfig",
@@ -36,8 +38,10 @@ __all__ = [
     "Policy",
     "TrainConfig",
     "UserError",
+    "attribute",
     "flat",
     "load",
+    "shareable",
     "to_dict",
     "to_yaml",
 ]

@@ -116,6 +116,14 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    from_: str | None = None
+    """Key `init.from`: weights that the backbone starts from. A run's folder, a checkpoint's, what `tracekin export`
+    wrote (all but onnx), or torchvision's weights on disk. Projector and predictor start fresh. A run that continues
+    goes on from its own checkpoint."""
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
     name: Literal["byol"] = "byol"
     """The self-supervised loss; BYOL is the first of a family."""
@@ -299,6 +307,7 @@ class Config:
     """Seed of the weights, the sample order and every augmentation."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     mining: MiningConfig = field(default_factory=MiningConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)

@@ -1,6 +1,10 @@
-"""From the defaults, a YAML file and ``key=value`` overrides to a frozen object; the only importer of omegaconf."""
+"""From the defaults, a YAML file and ``key=value`` overrides to a frozen object; the only importer of omegaconf.
+
+A key that is a word of Python, ``init.from``, is a field with an underscore behind it: ``from_``.
+"""
 
 import difflib
+import keyword
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -12,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tracekin.config.errors import UserError
+from tracekin.config.knobs import Config
 
 T = TypeVar("T")
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -72,9 +77,28 @@ def to_dict(config: object) -> dict[str, Any]:
     return found
 
 
+def shareable(config: Config, dataset: str) -> dict[str, Any]:
+    """``to_dict`` for whoever is not on this machine: no path of it, and the dataset's name for its manifest."""
+    found = to_dict(config)
+    del found["folder"], found["data"]["cache"]
+    found["data"]["manifest"] = dataset
+    found["init"]["from"] = config.init.from_ and Path(config.init.from_).name
+    return found
+
+
+def attribute(key: str) -> str:
+    """The field of a config's class that holds a key: itself, with an underscore behind a word of Python."""
+    return f"{key}_" if keyword.iskeyword(key) else key
+
+
+def _key(name: str) -> str:
+    """The key of a field: what ``attribute`` undoes."""
+    return name[:-1] if keyword.iskeyword(name[:-1]) else name
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {_key(str(key)): _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
@@ -101,15 +125,16 @@ def _merge(schema: type, base: Any, extra: dict[str, Any], where: str) -> Any:
     try:
         for leaf in _leaves(extra):  # one by one, so that an error without a key can be given one
             extra = leaf
-            base = OmegaConf.merge(base, leaf)
+            base = OmegaConf.merge(base, _attributes(schema, leaf))
         return base
     except (OmegaConfBaseException, ValueError, TypeError) as error:
-        key = getattr(error, "full_key", None) or _key_of(extra)
+        full = getattr(error, "full_key", None)
+        key = ".".join(map(_key, full.split("."))) if full else _key_of(extra)
         raise UserError(f"{where}: {key}: {_first_line(error)}.") from None
 
 
 def _check_keys(schema: type, extra: dict[str, Any], prefix: str, where: str) -> None:
-    known = {f.name: f for f in fields(schema)}
+    known = {_key(f.name): f for f in fields(schema)}
     for key, value in extra.items():
         full = f"{prefix}{key}"
         if key not in known:
@@ -123,7 +148,7 @@ def _check_keys(schema: type, extra: dict[str, Any], prefix: str, where: str) ->
         inner = known[key].type
         if isinstance(inner, type) and is_dataclass(inner):
             if not isinstance(value, dict):
-                inside = ", ".join(f.name for f in fields(inner))
+                inside = ", ".join(_key(f.name) for f in fields(inner))
                 raise UserError(f"{where}: {full} is a section, not a value; accepted in it: {inside}.")
             _check_keys(inner, value, f"{full}.", where)
         elif _is_text(schema, key) and not isinstance(value, str | None):
@@ -138,6 +163,18 @@ def _leaves(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {key: value}
 
 
+def _attributes(schema: type, tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree of known keys, each under its field's name."""
+    kinds = {f.name: f.type for f in fields(schema)}
+    found = {}
+    for key, value in tree.items():
+        kind = kinds[attribute(key)]
+        if isinstance(kind, type) and is_dataclass(kind):
+            value = _attributes(kind, value)
+        found[attribute(key)] = value
+    return found
+
+
 def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values of nested dictionaries."""
     for key, value in tree.items():
@@ -150,7 +187,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _is_text(schema: type, key: str) -> bool:
     """Whether the field of a dotted key is text."""
     first, _, rest = key.partition(".")
-    kind = next((f.type for f in fields(schema) if f.name == first), None)
+    kind = next((f.type for f in fields(schema) if _key(f.name) == first), None)
     if rest:
         return isinstance(kind, type) and is_dataclass(kind) and _is_text(kind, rest)
     return kind in (str, str | None)
@@ -164,9 +201,9 @@ def _key_of(leaf: dict[str, Any]) -> str:
 def _all_keys(schema: type, prefix: str) -> list[str]:
     keys = []
     for f in fields(schema):
-        keys.append(prefix + f.name)
+        keys.append(prefix + _key(f.name))
         if isinstance(f.type, type) and is_dataclass(f.type):
-            keys += _all_keys(f.type, f"{prefix}{f.name}.")
+            keys += _all_keys(f.type, f"{prefix}{_key(f.name)}.")
     return keys
 
 

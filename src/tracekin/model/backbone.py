@@ -8,6 +8,11 @@ from tracekin.model.batch_norm import convert_batch_norms
 
 
 def build_backbone(config: ModelConfig, channels: int) -> nn.Module:
+    """``plain_backbone`` with batch norms over all ranks."""
+    return convert_batch_norms(plain_backbone(config, channels))
+
+
+def plain_backbone(config: ModelConfig, channels: int) -> nn.Module:
     """An encoder [B, channels, S, S] -> [B, num_features] (after global average pooling), freshly initialised.
 
     The module's ``num_features`` says how wide the features are. Its parameter names are torchvision's.
@@ -23,4 +28,4 @@ def build_backbone(config: ModelConfig, channels: int) -> nn.Module:
     if channels != 3 or config.small_stem:
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's other layers
     net.num_features = num_features
-    return convert_batch_norms(net)
+    return net  # type: ignore[no-any-return]

@@ -1,5 +1,6 @@
 """What can be known to be wrong before anything heavy starts."""
 
+from pathlib import Path
 from typing import Any
 
 from tracekin.config import Config, UserError, flat, load, to_dict
@@ -25,7 +26,8 @@ def check_run(config: Config, manifest: Manifest, world: World, *, allow_change:
     Raises:
         UserError: fewer samples than a global batch, too many shards missing, a cache too small for remote shards,
             ranks or streams that do not divide the batch, a batch too small for batch norm, a policy that needs labels
-            on a set without, a pool that is too small, or a run folder of another config.
+            on a set without, a pool that is too small, weights to start from that are not there, or a run folder of
+            another config.
     """
     batch = config.train.global_batch
     if batch < 2:
@@ -37,6 +39,7 @@ def check_run(config: Config, manifest: Manifest, world: World, *, allow_change:
             f"train.global_batch={batch} cannot be divided among {world.size} ranks; use a multiple of {world.size}."
         )
     _check_data(config, manifest, world)
+    _check_init(config)
     _check_mining(config, manifest, world)
     path = config.run_folder / "config.yaml"
     if path.exists() and not allow_change:
@@ -63,6 +66,24 @@ def _check_data(config: Config, manifest: Manifest, world: World) -> None:
             f"data.cache_gb={data.cache_gb:g} does not hold two windows of data.shuffle_shards={data.shuffle_shards}"
             f" shards ({streams} streams a node), {need / 1e9:.1f} GB of {manifest.path}: every shard would be fetched"
             " again and again. Raise data.cache_gb, or set data.shuffle_shards to a smaller number above 0."
+        )
+
+
+def _check_init(config: Config) -> None:
+    """Whether there is anything to start from; what it holds is looked at when the run starts."""
+    if config.init.from_ is None or any(config.run_folder.glob("checkpoints/step-*/state.json")):
+        return
+    path = Path(config.init.from_)
+    if not path.exists():
+        raise UserError(f"init.from={path}: there is no such file or folder; correct the path or leave the key out.")
+    if path.is_dir() and not any(any(path.glob(at)) for at in ("state.json", "checkpoints/step-*/state.json")):
+        raise UserError(
+            f"init.from={path} is a folder without a checkpoint; name a run's folder, a checkpoint's, or a file."
+        )
+    if path.suffix == ".onnx":
+        raise UserError(
+            f"init.from={path}: ONNX is for inference, and its weights no longer have their names; export the run again"
+            " with --format safetensors."
         )
 
 

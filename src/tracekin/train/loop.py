@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tracekin import checkpoint
 from tracekin.checkpoint import Keep
-from tracekin.config import Config, to_dict, to_yaml
+from tracekin.config import Config, shareable, to_dict, to_yaml
 from tracekin.data.batch import Batch
 from tracekin.data.manifest import Manifest, read_manifest
 from tracekin.data.order import left_over, num_steps_per_epoch, shuffle_of
@@ -22,6 +23,7 @@ from tracekin.distributed.watchdog import Watchdog, leave
 from tracekin.distributed.world import World, world_from_environment
 from tracekin.files import write_text
 from tracekin.model.byol import Online, Target, tau_at
+from tracekin.model.initial import sentence, start_from
 from tracekin.monitor.environment import environment
 from tracekin.monitor.metrics import Clock, Meter
 from tracekin.monitor.progress import Progress
@@ -108,6 +110,10 @@ class _Run:
         self.num_steps = config.train.epochs * self.steps_per_epoch
         torch.manual_seed(config.seed)
         online = Online(config.model, config.data.channels, config.train.precision == "bf16").to(device)
+        self.initial = None
+        if config.init.from_ is not None and not checkpoint.complete(self.folder):
+            self.initial = start_from(online.backbone, config.init.from_)
+            self._say(f"{self.folder}: {sentence(self.initial)}")
         self.target = Target(online)
         self.step = 0
         self.skips = Skips(manifest.count("train"), config.data.max_bad_fraction)
@@ -116,6 +122,7 @@ class _Run:
         found, state = find_checkpoint(config, manifest, allow_change=allow_change, say=self._say)
         if found is not None:
             self.step = int(state["step"])
+            self.initial = state["environment"].get("init")
             self.skips.in_epoch = set(state["replaced"])
             load_networks(found, online, self.target)
         self.engine = build_engine(online, config.optimiser, config.train, world)
@@ -133,6 +140,7 @@ class _Run:
         self.saver = Saver(self.folder, keep, start.check)
         # Gathered once: it asks git, which no checkpoint should wait for.
         self.facts = environment(world.size, device, config.train.zero_stage) if world.is_main else {}
+        self.facts |= {"init": self.initial} if self.initial else {}
         self.slowest_stop = config.train.stop_seconds
 
     def train(self) -> Outcome:
@@ -330,9 +338,7 @@ class _Run:
         self.start.begin(step=self.step, steps=self.num_steps, ranks=self.world.size, host=platform.node())
         write_text(self.folder / "config.yaml", to_yaml(self.config))
         write_text(self.folder / "environment.json", json.dumps(self.facts, indent=1) + "\n")
-        sent = to_dict(self.config)  # to W&B: no path of this machine
-        del sent["folder"]
-        sent["data"]["manifest"] = self.manifest.name
+        sent = shareable(self.config, self.manifest.name)  # to W&B
         return open_sinks(self.config.monitor, self.folder, self.config.name, sent, self.step)
 
     def _headline(self) -> str:
