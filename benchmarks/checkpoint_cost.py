@@ -2,17 +2,18 @@
 
     python -m benchmarks.checkpoint_cost [key=value ...]
 
-Two ranks train as configs/pretrain/ham10000.yaml says, on drawn lesions, with the whole loop of a run. Every second epoch
-ends without its checkpoint. What a checkpoint costs is the median difference between the times from one epoch's end to
-the next with and without it: the copies that the training waits for, and the cores that hashing and writing take from
-it meanwhile. `share` is that cost by the seconds that HAM10000's epoch of 54 steps takes here; `stall_share` counts the
-waiting alone.
+Two ranks train as configs/pretrain/ham10000.yaml says, on drawn lesions, with the whole loop of a run. Every second
+epoch ends without its checkpoint. What a checkpoint costs is the median difference between the times from one epoch's
+end to the next with and without it: the copies that the training waits for, and the cores that hashing and writing take
+from it meanwhile. `share` is that cost by the seconds that HAM10000's epoch of 54 steps takes here; `stall_share`
+counts the waiting alone.
 
-Then a checkpoint of 1 GB: seconds to save and load it, in alternation with torch.save and torch.load of the same tensors
-(flushed to disk, but without checksums) and, as the bound of saving, with writing and flushing as many bytes.
+Then a checkpoint of 1 GB: seconds to save and load it, in alternation with torch.save and torch.load of the same
+tensors (flushed to disk, but without checksums) and, as the bound of saving, with writing and flushing as many bytes.
 The machine should do nothing else: about twelve minutes on 2 cores.
 """
 
+import itertools
 import json
 import os
 import statistics
@@ -53,7 +54,7 @@ def train(rank: int, config: Config, threads: int) -> list[float]:
 
     loop._Run._save = every_second  # type: ignore[method-assign]
     loop.pretrain(config)
-    return [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(ends)]
 
 
 def share_of_training(config: Config, threads: int) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def per_gigabyte(folder: Path, gigabytes: float, pairs: int) -> dict[str, Any]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.set_defaults(threads=1)
-    parser.add_argument("--epochs", type=int, default=25, help="of the run, half of them with a checkpoint (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=25, help="half of them with a checkpoint (%(default)s)")
     parser.add_argument("--lesions", type=int, default=700, help="that are drawn (%(default)s)")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of the checkpoint that is timed (%(default)s)")
     parser.add_argument("--pairs", type=int, default=5, help="saves and loads of it (%(default)s)")
@@ -127,7 +128,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pack(["--recipe", "phantom", "-o", f"lesions={options.lesions}", "--out", str(folder / "data")], standalone_mode=False)
+        data = ["--recipe", "phantom", "-o", f"lesions={options.lesions}", "--out", str(folder / "data")]
+        pack(data, standalone_mode=False)
         fixed = [f"folder={folder}", f"data.manifest={folder}/data/manifest.json", f"train.epochs={options.epochs}"]
         fixed += ["name=run", "monitor.wandb=disabled", "train.log_every=1"]
         try:
@@ -135,7 +137,7 @@ def main() -> None:
         except UserError as error:
             parser.error(str(error))
         result = per_gigabyte(folder / "speed", options.gigabytes, options.pairs)
-        result = {"ranks": RANKS, "overrides": options.overrides, **result, **share_of_training(config, options.threads)}
+        result |= {"ranks": RANKS, "overrides": options.overrides, **share_of_training(config, options.threads)}
     finish("checkpoint_cost", {**result, "bound": BOUND}, save=options.save)
     sys.exit(0 if result["share"] <= BOUND else 1)
 

@@ -14,7 +14,7 @@ ALLOWED = {
     "files": set(),
     "distributed": {"config"},
     "monitor": {"config", "distributed"},
-    "checkpoint": {"config"},
+    "checkpoint": {"config", "files"},
     "data": {"config", "files"},
     "influence": {"config"},
     "model": {"config", "distributed", "checkpoint"},

@@ -1,5 +1,6 @@
 """The policy study: its statistics by hand, its suspects planted, and the whole command on a tiny run."""
 
+import hashlib
 import json
 import shutil
 import sys
@@ -300,6 +301,10 @@ def test_a_checkpoint_weighs_by_the_rate_it_wrote_down(run_folder: Path, tmp_pat
     first, second = (point.lr for point in policy_study.find_checkpoints(folder, run, manifest, []))
     state = folder / "checkpoints" / "step-00000003" / "state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "lr": first + 1}))
+    sums = json.loads((state.parent / "checksums.json").read_text())
+    content = state.read_bytes()
+    sums["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (state.parent / "checksums.json").write_text(json.dumps(sums))
     found = policy_study.find_checkpoints(folder, run, manifest, [])
     assert [point.lr for point in found] == [first + 1, second]  # the second's state knows none: the schedule's
 

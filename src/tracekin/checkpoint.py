@@ -105,6 +105,8 @@ def _write(partial: Path, parts: Mapping[str, Mapping[str, Tensor]], state: Mapp
     for part, content in parts.items():
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}, _file(partial, part))
     (partial / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    for file in partial.glob("*.safetensors"):  # which safetensors lets nobody else read, whatever the umask says
+        shutil.copymode(partial / "state.json", file)
     sums = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(partial.iterdir())}
     (partial / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
     for file in partial.iterdir():

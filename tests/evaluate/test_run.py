@@ -106,7 +106,6 @@ def test_missing_run_and_missing_checkpoint_are_said(tmp_path: Path, manifest: M
     with pytest.raises(UserError, match="is no run"):
         evaluate_run(tmp_path / "nowhere", QUICK)
     run = make_run(tmp_path / "run", manifest)
-    (run / "checkpoints/latest").unlink()
-    (run / "checkpoints/step-00000040/state.json").unlink()
+    (run / "checkpoints/step-00000040/checksums.json").unlink()
     with pytest.raises(UserError, match="no complete checkpoint"):
         evaluate_run(run, QUICK)
