@@ -20,7 +20,7 @@ ALLOWED = {
     "model": {"config", "distributed"},
     "train": LOWER | {"data", "model", "influence"},
     "evaluate": LOWER | {"data", "model", "influence"},
-    "cli": {"config", "train", "evaluate", "data", "distributed"},
+    "cli": {"config", "train", "evaluate", "data", "distributed", "monitor"},
 }
 ONE_DOOR = {
     "deepspeed": {"src/tracekin/train/engine.py"},

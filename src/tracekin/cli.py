@@ -41,9 +41,13 @@ def pretrain(config: str, overrides: tuple[str, ...]) -> Any:
     # Known to be wrong in a blink, or after seconds of importing torch and DeepSpeed.
     from tracekin.data.manifest import read_manifest
     from tracekin.distributed.world import world_from_environment
+    from tracekin.monitor.sinks import check_login
     from tracekin.train.checks import check_run
 
-    check_run(loaded, read_manifest(loaded.data.manifest, complete=False), world_from_environment())
+    world = world_from_environment()
+    check_run(loaded, read_manifest(loaded.data.manifest, complete=False), world)
+    if world.is_main:  # the rank that logs: what others know of a key does not count
+        check_login(loaded.monitor)
 
     from tracekin.train.loop import pretrain as run
 

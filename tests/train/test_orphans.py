@@ -36,9 +36,13 @@ COMMAND = [
 ]
 
 
-def run(folder: Path, environment: dict[str, str], overrides: list[str], error: Exception | None) -> None:
-    """The command ``tracekin pretrain`` in this process; ``error`` comes up in step 5."""
+def run(folder: Path, environment: dict[str, str], overrides: list[str], error: Exception | None, stuck: bool) -> None:
+    """The command ``tracekin pretrain`` in this process.
+
+    Step 5 raises ``error``; ``stuck``, a loader comes to no end with the first image of the second epoch.
+    """
     from tracekin import cli
+    from tracekin.data import stream
     from tracekin.train import loop
 
     multiprocessing.set_start_method("fork", force=True)  # a process of the forkserver has its way as the default
@@ -53,6 +57,8 @@ def run(folder: Path, environment: dict[str, str], overrides: list[str], error: 
         return original(*args, **kwargs)
 
     loop.train_step = stepping
+    draw = stream.draw
+    stream.draw = lambda **place: time.sleep(1e6) if stuck and place["epoch"] else draw(**place)
     with tiny_backbone():
         code, _ = cli.call([*COMMAND, *overrides])
     sys.exit(code)
@@ -61,9 +67,16 @@ def run(folder: Path, environment: dict[str, str], overrides: list[str], error: 
 class Started:
     """A run that has logged some steps."""
 
-    def __init__(self, folder: Path, *overrides: str, error: Exception | None = None, **environment: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *overrides: str,
+        error: Exception | None = None,
+        stuck: bool = False,
+        **environment: str,
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
-        self.process = context.Process(target=run, args=(folder, environment, [*overrides], error))
+        self.process = context.Process(target=run, args=(folder, environment, [*overrides], error, stuck))
         self.process.start()
         assert self.process.pid is not None
         self.pid = self.process.pid
@@ -101,8 +114,8 @@ def server() -> Iterator[WandbServer]:
 
 
 def test_a_killed_run_leaves_nothing(tmp_path: Path, before: Present, server: WandbServer) -> None:
-    """It cannot end its loaders and W&B's process itself, which has lines that the server does not take."""
-    started = Started(tmp_path, "train.epochs=1000", "monitor.wandb=online", **environment_of(server.url))
+    """Not its loaders, which hang, nor W&B's process, which has lines that the server does not take."""
+    started = Started(tmp_path, "train.epochs=9", "monitor.wandb=online", stuck=True, **environment_of(server.url))
     server.answering.clear()
     running = [command for pid, command in present().processes.items() if pid not in before.processes]
     assert len([command for command in running if "wandb-core" in command]) == 1
