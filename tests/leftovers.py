@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,12 +24,19 @@ class Present(NamedTuple):
 
 @contextmanager
 def adopting() -> Iterator[Present]:
-    """Within the block orphans among this process's descendants become its children; yields what is there before."""
+    """Within the block orphans among this process's descendants become its children; yields what is there before.
+
+    After it, those that are new are killed: a test that fails leaves nothing either.
+    """
     prctl = ctypes.CDLL(None).prctl
     prctl(SUBREAPER, 1)
+    before = present()
     try:
-        yield present()
+        yield before
     finally:
+        for pid in children().keys() - before.processes.keys():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         prctl(SUBREAPER, 0)
 
 

@@ -21,7 +21,7 @@ ALLOWED = {
     "train": LOWER | {"data", "model", "influence"},
     "evaluate": LOWER | {"data", "model", "influence"},
     "export": {"config", "files", "checkpoint", "data", "model"},
-    "cli": {"config", "train", "evaluate", "export", "data", "distributed"},
+    "cli": {"config", "train", "evaluate", "export", "data", "distributed", "monitor"},
 }
 ONE_DOOR = {
     "deepspeed": {"src/tracekin/train/engine.py"},

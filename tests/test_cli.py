@@ -65,6 +65,15 @@ def test_a_damaged_shard_is_named(project: Path) -> None:
     assert "train-000000.tar" in result.stderr
 
 
+def test_online_without_a_key(project: Path) -> None:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    result = tracekin("pretrain", "run.yaml", "monitor.wandb=online", cwd=project, env=kept | {"HOME": str(project)})
+    assert result.returncode == 2, result.stderr
+    assert "WANDB_API_KEY" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (project / "runs").exists()
+
+
 def test_a_missing_compiler_is_named(project: Path) -> None:
     """DeepSpeed would die in a traceback on CPU."""
     if torch.cuda.is_available():

@@ -49,10 +49,14 @@ def pretrain(config: str, overrides: tuple[str, ...], allow_config_change: bool)
     # Known to be wrong in a blink, or after seconds of importing torch and DeepSpeed.
     from tracekin.data.manifest import read_manifest
     from tracekin.distributed.world import world_from_environment
+    from tracekin.monitor.sinks import check_login
     from tracekin.train.checks import check_run
 
+    world = world_from_environment()
     manifest = read_manifest(loaded.data.manifest, complete=False)
-    check_run(loaded, manifest, world_from_environment(), allow_change=allow_config_change)
+    check_run(loaded, manifest, world, allow_change=allow_config_change)
+    if world.is_main:  # the rank that logs: what others know of a key does not count
+        check_login(loaded.monitor)
 
     from tracekin.train.loop import pretrain as run
 

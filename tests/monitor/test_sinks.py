@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tracekin.monitor import sinks
 from tracekin.monitor.sinks import WeightsAndBiases, check_login, open_sinks
 
 ROOT = Path(__file__).parents[2]
-SHORT = MonitorConfig(wandb="online", init_seconds=2, finish_seconds=2)
+PATIENT = MonitorConfig(wandb="online", init_seconds=60, finish_seconds=60)
 
 
 @pytest.fixture(autouse=True)
@@ -54,10 +55,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
         yield server
 
 
-def log(run: Path, middle: Callable[[Any], Any] = lambda sink: None, first: int = 1) -> None:
+def log(run: Path, middle: Callable[[Any], Any] = lambda sink: None, first: int = 1, **short: float) -> None:
     """One start of a run, whose ten steps from ``first`` reach metrics.jsonl whatever ``middle`` does to W&B."""
     run.mkdir(exist_ok=True)
-    opened = open_sinks(SHORT, run, run.name, {}, first - 1)
+    opened = open_sinks(replace(PATIENT, **short), run, run.name, {}, first - 1)
     for step in range(first, first + 10):
         if step == first + 5:
             middle(opened[1])
@@ -99,7 +100,7 @@ def test_no_server_at_the_start(
 ) -> None:
     run = tmp_path / "byol"
     with unreachable(listening) as url, going_to(url, monkeypatch):
-        log(run)
+        log(run, init_seconds=2)
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert "goes on offline, and python -m launch.sync pushes it later" in said
@@ -113,7 +114,7 @@ def test_no_server_at_the_start(
 def test_a_slow_server(server: WandbServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each answer takes longer than the start or the end may: the start goes offline."""
     server.delay = 3
-    log(tmp_path / "byol")
+    log(tmp_path / "byol", init_seconds=2)
     assert capsys.readouterr().out.count("\n") == 1
     server.delay = 0
     assert synced(tmp_path / "byol", server) == list(range(1, 11))
@@ -122,7 +123,7 @@ def test_a_slow_server(server: WandbServer, tmp_path: Path, capsys: pytest.Captu
 def test_a_server_that_goes_away(server: WandbServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What was not sent stays, and a start that follows online comes after it."""
     run = tmp_path / "byol"
-    log(run, lambda sink: server.answering.clear())
+    log(run, lambda sink: server.answering.clear(), finish_seconds=1)
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert f"the rest lies in {run}" in said
@@ -137,7 +138,7 @@ def test_a_server_that_goes_away(server: WandbServer, tmp_path: Path, capsys: py
 
 def test_what_another_start_wrote_over_is_not_pushed(server: WandbServer, tmp_path: Path) -> None:
     run = tmp_path / "byol"
-    log(run, lambda sink: server.answering.clear())
+    log(run, lambda sink: server.answering.clear(), finish_seconds=1)
     server.answering.set()
     log(run, first=11)
     (arrived,) = server.runs.values()
@@ -178,7 +179,7 @@ def test_the_clients_process_hangs(
     """Neither lines nor the end wait for it."""
     monkeypatch.setattr(sinks, "MARGIN", 1.0)
     monkeypatch.setattr(sinks, "MOST_WAITING", 3)
-    log(tmp_path / "byol", lambda sink: os.kill(services()[0], signal.SIGSTOP))
+    log(tmp_path / "byol", lambda sink: os.kill(services()[0], signal.SIGSTOP), finish_seconds=1)
     assert "goes on offline" in capsys.readouterr().out
 
 
@@ -198,12 +199,12 @@ def test_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with unreachable(listening=True) as url, going_to(url, monkeypatch):
         monkeypatch.delenv("WANDB_API_KEY")
         with pytest.raises(UserError, match=r"none is set; .*wandb login.*WANDB_API_KEY.*offline"):
-            check_login(SHORT)
+            check_login(PATIENT)
         monkeypatch.setenv("WANDB_API_KEY", "short")
         with pytest.raises(UserError, match="WANDB_API_KEY invalid"):
-            check_login(SHORT)
+            check_login(PATIENT)
         monkeypatch.delenv("WANDB_API_KEY")
         check_login(MonitorConfig(wandb="offline"))
         (tmp_path / ".netrc").write_text(f"machine {url.removeprefix('http://')}\n  login user\n  password {KEY}\n")
-        check_login(SHORT)
+        check_login(PATIENT)
         assert services() == []  # whether the key is right only the server knows: it is not asked

@@ -312,11 +312,12 @@ def _start_worker(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = multiprocessing.parent_process()
+    forker, parent = os.getppid(), multiprocessing.parent_process()  # two processes where a forkserver forks
     assert parent is not None
 
     def obey_parent() -> None:
-        while os.getppid() == parent.pid:
+        # The loaders forked after this one hold the parent's end of its pipe: only the first question is quick.
+        while os.getppid() == forker and parent.is_alive():
             came = signal.sigtimedwait({signal.SIGTERM}, LOOK_SECONDS)
             if came is not None and came.si_pid == parent.pid:
                 break
