@@ -20,7 +20,7 @@ from tracekin.distributed import collectives, watchdog
 from tracekin.distributed.watchdog import Watchdog
 from tracekin.distributed.world import World
 
-SECONDS = 1.0
+SECONDS = 2.0
 
 
 def world_of(rank: int) -> World:
@@ -72,8 +72,8 @@ def test_a_rank_that_sleeps_for_ever_is_named_with_the_collective(tmp_path: Path
     (line,) = lines(ended)
     others = "ranks 1, 2" if stalling == 0 else "ranks 0, 2"
     assert re.fullmatch(
-        rf"tracekin: step 3 has stalled for \d s: {others} wait in all-gather 3 \(distributed/test_watchdog.py:\d+\),"
-        rf" rank {stalling} has not come to all-gather 3: it is at distributed/test_watchdog.py:\d+ \(data\)\."
+        rf"tracekin: step 3 has stalled for \d s: {others} wait in all-gather 4 \(distributed/test_watchdog.py:\d+\),"
+        rf" rank {stalling} has not come to all-gather 4: it is at distributed/test_watchdog.py:\d+ \(data\)\."
         r" Ending with 75; the same command again goes on from the last checkpoint\.",
         line,
     )
@@ -88,7 +88,7 @@ def test_a_stopped_rank_is_named_as_silent(tmp_path: Path) -> None:
     ended = end_ranks(one_is_stopped, 3, 1, tmp_path, silent=[1])
     assert [rank.code for rank in ended] == [75, None, 75], ended
     (line,) = lines(ended)
-    assert "ranks 0, 2 wait in all-gather 3 (" in line
+    assert "ranks 0, 2 wait in all-gather 4 (" in line
     assert "), rank 1 says nothing: stopped, dead or cut off." in line
 
 
@@ -115,7 +115,7 @@ def test_without_the_store_each_rank_says_what_it_knows(tmp_path: Path) -> None:
     ended = end_ranks(one_is_stopped_that_holds_the_store, 3, tmp_path, silent=[0])
     assert [rank.code for rank in ended] == [None, 75, 75], ended
     for rank, line in zip((1, 2), lines(ended), strict=True):
-        assert f"s: rank {rank} waits in all-gather 3 (" in line
+        assert f"s: rank {rank} waits in all-gather 4 (" in line
         assert "), the other ranks were not asked. Ending with 75" in line
 
 
@@ -160,6 +160,7 @@ def short_steps(rank: int, seconds: float, pauses: list[float]) -> int:
     """Steps of the given lengths on rank 0, which the others wait for, while the clocks leap."""
     moments = iter(range(0, 10**9, 10**4))
     time.time = time.monotonic = lambda: float(next(moments))
+    collectives.open_store().add("called", 1)  # as a start before, in the same store, was ended
     with Watchdog(world_of(rank), seconds) as dog:
         for step, pause in enumerate(pauses):
             dog.beat(step, "data")
