@@ -193,7 +193,7 @@ def run_that_stalls(rank: int, config: Config, notes: Path) -> None:
 
 
 def test_a_stalled_run_says_who_stalls_and_goes_on_as_if_unbroken(whole: Config, tmp_path: Path) -> None:
-    guarded = replace(whole.guard, stall_seconds=3.0)
+    guarded = replace(whole.guard, stall_seconds=4.0)
     config = replace(whole, folder=str(tmp_path), data=replace(whole.data, workers=1), guard=guarded)
     ended = end_ranks(run_that_stalls, 2, config, tmp_path / "loader")
     assert [rank.code for rank in ended] == [75, 75], ended

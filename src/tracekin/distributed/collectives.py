@@ -4,6 +4,7 @@ Nothing here carries gradients: mined targets are stop-gradients, and the loss n
 """
 
 import re
+import secrets
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,8 +31,8 @@ class Calls:
     def __init__(self) -> None:
         self.started = 0
         """Number of the last one that was started; they count from 1."""
-        self.names: deque[str] = deque(maxlen=64)
-        """Of the last ones, as far as ranks can be apart."""
+        self.names: deque[str] = deque(maxlen=1024)
+        """Of the last ones: of a step and more, as far as ranks can be apart (ResNet-152: 930 batch norms)."""
         self.current: _Call | None = None
         """What the host waits for just now. NCCL's are waited for by the device."""
 
@@ -212,14 +213,15 @@ def barrier() -> None:
             dist.barrier()
 
 
-def open_store(prefix: str) -> Any:
-    """A connection of one's own to where the ranks met, to be used while the main thread waits for whatever it waits.
+def open_store() -> Any:
+    """A connection of its own to where the ranks met, for a thread that speaks while the main one waits. Collective.
 
-    Keys begin with ``prefix``. No call is bounded in time: with its server stopped, even ``check`` waits for ever.
+    No call is bounded in time: with its server stopped, even ``check`` waits for ever.
     """
+    token = broadcast_object(secrets.token_hex(8))  # torchrun's store remembers the keys of a start before
     assert dist.group.WORLD is not None
     mine = dist.group.WORLD.get_group_store().clone()
-    return dist.PrefixStore(prefix, mine)  # type: ignore[attr-defined]  # documented, but not in its __all__
+    return dist.PrefixStore(token, mine)  # type: ignore[attr-defined]  # documented, but not in its __all__
 
 
 def _arrived(call: _Call, works: Sequence[Any], received: Tensor, sent: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ TELLING_SECONDS = 5.0
 class Watchdog:
     """``with Watchdog(...) as watchdog`` around a run whose main thread calls ``beat`` as it goes on.
 
-    Without a beat for ``seconds`` every rank of the run ends with code 75, and its loader processes with it.
+    Without a beat for ``seconds`` every rank of the run ends with code 75, and its loader processes with it. Entering
+    is collective.
 
     Args:
         world: this rank.
@@ -58,7 +59,7 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         if self.seconds > 0:
             if self.world.size > 1:
-                self._store = collectives.open_store("watchdog")
+                self._store = collectives.open_store()
                 threading.Thread(target=self._listen, daemon=True).start()
             self._thread.start()
         return self
