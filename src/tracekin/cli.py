@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 program error, 2 the user's mistake, 3 a newer start of th
 asked for the end and all is saved, or another rank was lost), 130 interrupted.
 """
 
+import os
 import sys
 import textwrap
 import traceback
@@ -117,7 +118,7 @@ def _split(arguments: tuple[str, ...]) -> tuple[list[Path], list[str]]:
 
 
 def _require_run(run: Path) -> None:
-    if not (run / "config.yaml").is_file():
+    if not os.path.isfile(run / "config.yaml"):  # Path.is_file raises where a name is too long
         near = ", ".join(sorted(str(p.parent) for p in run.parent.glob("*/config.yaml"))[:8])
         raise UserError(f"{run} is no run folder (it has no config.yaml).{f' Beside it are: {near}.' if near else ''}")
 

@@ -6,6 +6,7 @@
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -89,8 +90,8 @@ def read_manifest(path: str | Path, complete: bool = True) -> Manifest:
         folder, text = where.rpartition("/")[0], read_text(where)
     else:
         local = Path(path)
-        where = str(local / "manifest.json" if local.is_dir() else local)
-        folder, text = str(Path(where).parent), _local_text(Path(where))
+        local = local / "manifest.json" if os.path.isdir(local) else local
+        where, folder, text = str(local), str(local.parent), _local_text(local)
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, nested too deeply
@@ -143,7 +144,7 @@ def _local_text(path: Path) -> str:
             else " Make one with: python -m shards.pack SOURCE --recipe NAME --out DIR"
         )
         raise UserError(f"no manifest at {path}.{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a NUL in the path
         raise UserError(f"cannot read the manifest {path}: {error}. Pack the dataset again.") from None
 
 
