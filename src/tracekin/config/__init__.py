@@ -3,7 +3,7 @@
 A YAML file states only its difference from the defaults.
 """
 
-from tracekin.config.errors import UserError
+from tracekin.config.errors import UserError, holds_control
 from tracekin.config.knobs import (
     AugmentConfig,
     Config,
@@ -35,6 +35,7 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "flat",
+    "holds_control",
     "load",
     "to_dict",
     "to_yaml",

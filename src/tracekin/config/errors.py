@@ -1,4 +1,6 @@
-"""The one error that users see."""
+"""The one error that users see, and which of their texts can be shown and written at all."""
+
+import unicodedata
 
 LONGEST = 2000
 """Characters of a message; of a longer one the middle is left out: it begins with where, and ends with what to do."""
@@ -20,3 +22,8 @@ class UserError(ValueError):
 
 def _escaped(sign: str) -> str:
     return sign if sign.isprintable() else sign.encode("unicode_escape").decode()
+
+
+def holds_control(text: str) -> bool:
+    """Whether a text has control characters or halves of characters, which not every file system or terminal takes."""
+    return any(unicodedata.category(sign) in ("Cc", "Cs") for sign in text)

@@ -3,7 +3,6 @@
 import difflib
 import math
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import lru_cache
@@ -15,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tracekin.config import plainyaml
-from tracekin.config.errors import UserError
+from tracekin.config.errors import UserError, holds_control
 
 T = TypeVar("T")
 MERGE_ERRORS = (OmegaConfBaseException, ValueError, TypeError, OverflowError, RecursionError)
@@ -96,7 +95,9 @@ def _check_value(value: Any, where: str) -> None:
         raise UserError(f"{where}={value} is not a finite number.")
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise UserError(f"{where} is out of range: accepted are whole numbers of 64 bits, {-(2**63)} to {2**63 - 1}.")
-    elif isinstance(value, str) and any(unicodedata.category(sign) in ("Cc", "Cs") for sign in value.replace("\n", "")):
+    elif isinstance(value, str) and holds_control(
+        value.replace("\n", "")
+    ):  # a profile's lines of shell may be one text
         raise UserError(f"{where}={value!r} holds a control character; remove it.")
 
 
