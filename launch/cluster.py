@@ -168,7 +168,7 @@ def check_grace(profile: Profile, config: Config) -> None:
     if float(words[0]) <= need:
         raise UserError(
             f"this Slurm kills {words[0]} s after TERM (KillWait), which does not exceed train.stop_seconds={need:g},"
-            " the time for train.check_every steps and a save: a preemption would lose steps. If the run can save"
+            " the time for a step and a save: a preemption would lose steps. If the run can save"
             " sooner (it says when it cannot), lower train.stop_seconds."
         )
 

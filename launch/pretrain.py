@@ -19,14 +19,14 @@ from tracekin.files import write_text
 from tracekin.train.checks import check_run
 
 
-def check_submission(config: Config, profile: Profile) -> int:
+def check_submission(config: Config, profile: Profile, *, allow_change: bool = False) -> int:
     """Check a run against its data, its folder and the ranks that the profile gives it; returns how many steps it has.
 
     Raises:
         UserError: whatever would end the job at its start.
     """
     manifest = read_manifest(config.data.manifest, complete=False)
-    check_run(config, manifest, World(0, profile.num_tasks, 0, profile.tasks_per_node))
+    check_run(config, manifest, World(0, profile.num_tasks, 0, profile.tasks_per_node), allow_change=allow_change)
     check_grace(profile, config)
     shuffle = shuffle_of(config.data, config.seed, config.train.global_batch)
     return config.train.epochs * num_steps_per_epoch(manifest.count("train"), shuffle)
@@ -47,8 +47,15 @@ def freeze(config: Config, folder: Path) -> str:
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Another value in the profile: nodes=4.")
 @click.option("--cluster", type=click.Choice(["slurm", "local", "debug"]), help="Instead of the profile's.")
 @click.option("--dry-run", is_flag=True, help="Print batch script and resolved config; submit nothing.")
+@click.option("--allow-config-change", is_flag=True, help="Continue a run of another config or dataset.")
 def main(
-    config: str, overrides: tuple[str, ...], name: str, changes: Sequence[str], cluster: str | None, dry_run: bool
+    config: str,
+    overrides: tuple[str, ...],
+    name: str,
+    changes: Sequence[str],
+    cluster: str | None,
+    dry_run: bool,
+    allow_config_change: bool,
 ) -> None:
     """Submit a pretraining as CONFIG (a YAML file) says; the same command again continues.
 
@@ -59,7 +66,7 @@ def main(
         changes = (*changes, "tasks=1", "gpus=0") if not any(c.startswith("gpus") for c in changes) else changes
     profile = read_profile(name, changes, cluster)
     loaded = load(Config, config, overrides)
-    steps = check_submission(loaded, profile)
+    steps = check_submission(loaded, profile, allow_change=allow_config_change)
     check_profile(profile)
     folder = loaded.run_folder
     launch = folder / "launch"
@@ -74,7 +81,8 @@ def main(
     if waiting := alive_job(folder, "pretrain"):
         click.echo(f"{folder} has job {waiting.job} waiting or running already. Nothing is submitted.")
         return
-    job = Job("tracekin.cli", ("pretrain", freeze(loaded, launch)))
+    allowed = ("--allow-config-change",) if allow_config_change else ()
+    job = Job("tracekin.cli", ("pretrain", freeze(loaded, launch), *allowed))
     code = snapshot.take(launch)
     (number,) = submit([job], profile, name=job_name, logs=launch, code=code)
     runs.record(

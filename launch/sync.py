@@ -6,6 +6,7 @@ Each start of a run leaves a folder ``RUN/wandb/offline-run-*``, all of one W&B 
 whole. What was pushed is remembered in ``RUN/wandb/synced.json``, and a folder is pushed again once its file has grown.
 Its history does not show twice: the client notes beside the file at which W&B step it began (``.syncstate``), so each
 row comes again under the ``_step`` that it has on the server. Until its end is pushed, W&B shows a live run as failed.
+An online start whose rest could not be sent is such a folder too.
 """
 
 import json
@@ -29,6 +30,8 @@ TIMEOUT = 1800.0
 """Seconds after which a call of the client is given up."""
 HEADER = 7
 """Bytes of a file that holds nothing yet: the client writes in blocks of 32 KiB, and the rest when the run ends."""
+BEGUN = ".syncstate"
+"""Ends the name of what the client leaves beside the file of a start that began at the server."""
 BROKEN = "transactionlog:"
 """In the client's messages about a .wandb file that is damaged: it pushes what lies before the damage."""
 NOT_RUNS = {"wandb", "checkpoints", "evaluations", "launch"}
@@ -63,12 +66,20 @@ def find_runs(folder: Path) -> Iterator[Path]:
 def pending(run: Path) -> list[Path]:
     """The .wandb files of a run's starts that hold more than was pushed, oldest start first.
 
-    A start that grew although a later one was already pushed is left out: it had lost the run and wrote beside it.
+    A start that grew although a later one was already pushed is left out: it had lost the run and wrote beside it. So
+    is the rest of an online start (the sink named it offline-* then) after which another one went on at the server,
+    which holds that one's rows where these would come.
     """
     pushed = _pushed(run)
     files = sorted(run.glob("wandb/offline-run-*/*.wandb"))
     newest = max((i for i, file in enumerate(files) if file.parent.name in pushed), default=0)
-    return [file for file in files[newest:] if file.stat().st_size > pushed.get(file.parent.name, HEADER)]
+    online = max((file.parent.name for file in run.glob(f"wandb/run-*/*{BEGUN}")), default="")
+    return [
+        file
+        for file in files[newest:]
+        if file.stat().st_size > pushed.get(file.parent.name, HEADER)
+        and (file.parent.name.removeprefix("offline-") > online or not file.with_name(f"{file.name}{BEGUN}").exists())
+    ]
 
 
 def push(runs: Sequence[Path]) -> Iterator[tuple[Path, list[Path], str]]:

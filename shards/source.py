@@ -263,7 +263,7 @@ def _read_member(path: str, name: str) -> bytes:
     if info.compress_type == zipfile.ZIP_BZIP2:  # a few hundred of its bytes may be gigabytes, and nothing stops it
         raise ValueError("it is compressed by bzip2; accepted are deflate and LZMA")
     with archive.open(info) as file:
-        # Given a number, zipfile inflates no more, whatever the member holds; to LZMA it can only give little at a time.
+        # Given a number, zipfile inflates no more, whatever the member holds; LZMA it can only give little at a time.
         if info.compress_type != zipfile.ZIP_LZMA:
             return file.read(info.file_size)
         return b"".join(iter(partial(file.read, _LITTLE), b""))

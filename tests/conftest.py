@@ -21,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--data", metavar="DIR", help="folder of real image archives; tests that need it are skipped without"
     )
+    parser.addoption("--faults", action="store_true", help="every try of tests/faults and every pair of worlds")
 
 
 @pytest.fixture(scope="session")

@@ -252,7 +252,7 @@ def write_run(config: Config, manifest: Manifest) -> None:
         model = {f"{name}.{key}": value for name, net in nets.items() for key, value in net.state_dict().items()}
         state = {"dataset": manifest.fingerprint()}
         parts: dict[str, dict[str, Tensor]] = {part: {} for part in checkpoint.PARTS}
-        checkpoint.save(config.run_folder, step, parts | {"model": model}, state, keep=2)
+        checkpoint.save(config.run_folder, step, parts | {"model": model}, state)
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:

@@ -1,7 +1,8 @@
 """The ``tracekin`` command. Thin: torch is imported only once the arguments have proved sound.
 
-Exit codes: 0 done, 1 program error, 2 the user's mistake, 3 a newer start of the run took over, 75 try again (a signal
-asked for the end and all is saved, or another rank was lost), 130 interrupted.
+Exit codes: 0 done, 1 program error or a training gone wrong, 2 the user's mistake, 3 a newer start of the run took
+over, 75 try again (a signal asked for the end and all is saved, or a rank was lost, stalled or drifted), 130
+interrupted (all is saved at the first Ctrl-C; a second one ends at once).
 """
 
 import os
@@ -20,6 +21,9 @@ from tracekin.config import Config, EvaluateConfig, InfluenceConfig, UserError, 
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 TRY_AGAIN = 75
 """sysexits.h's EX_TEMPFAIL: the same command again goes on."""
+INTERRUPTED = 130
+"""What shells report of a process that Ctrl-C ended."""
+_CODES = {"INT": INTERRUPTED, "USR2": TRY_AGAIN, "TERM": TRY_AGAIN}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -31,7 +35,10 @@ def cli() -> None:
 @cli.command()
 @click.argument("config")
 @OVERRIDES
-def pretrain(config: str, overrides: tuple[str, ...]) -> Any:
+@click.option(
+    "--allow-config-change", is_flag=True, help="Continue a run of another config or dataset; says what differs."
+)
+def pretrain(config: str, overrides: tuple[str, ...], allow_config_change: bool) -> Any:
     """Pretrain as CONFIG (a YAML file) says; the same command again continues.
 
     One process: tracekin pretrain CONFIG. Several: torchrun --nproc-per-node N
@@ -44,11 +51,12 @@ def pretrain(config: str, overrides: tuple[str, ...]) -> Any:
     from tracekin.distributed.world import world_from_environment
     from tracekin.train.checks import check_run
 
-    check_run(loaded, read_manifest(loaded.data.manifest, complete=False), world_from_environment())
+    manifest = read_manifest(loaded.data.manifest, complete=False)
+    check_run(loaded, manifest, world_from_environment(), allow_change=allow_config_change)
 
     from tracekin.train.loop import pretrain as run
 
-    return run(loaded)
+    return run(loaded, allow_change=allow_config_change)
 
 
 @cli.command()
@@ -150,7 +158,7 @@ def call(arguments: Sequence[str]) -> tuple[int, Any]:
     """
     try:
         outcome = cli.main(list(arguments), prog_name="tracekin", standalone_mode=False)
-        return (TRY_AGAIN if getattr(outcome, "preempted", "") else 0), outcome
+        return _CODES.get(getattr(outcome, "preempted", ""), 0), outcome
     except UserError as error:
         _say(str(error))
         return 2, None
@@ -159,7 +167,7 @@ def call(arguments: Sequence[str]) -> tuple[int, Any]:
         return error.exit_code, None
     except (KeyboardInterrupt, click.Abort):
         _say("interrupted; the same command again goes on from what is done.")
-        return 130, None
+        return INTERRUPTED, None
     except Exception as error:
         return _code_of(error), None
 
@@ -168,11 +176,13 @@ def _code_of(error: Exception) -> int:
     """The exit code of an error that is not the user's."""
     if "torch" in sys.modules:
         from tracekin.distributed.collectives import lost_a_rank
+        from tracekin.train.guard import DivergedError, DriftError
         from tracekin.train.start import FencedError
 
-        if isinstance(error, FencedError):
+        codes: dict[type[Exception], int] = {FencedError: 3, DivergedError: 1, DriftError: TRY_AGAIN}
+        if type(error) in codes:
             _say(str(error))
-            return 3
+            return codes[type(error)]
         if lost_a_rank(error):
             traceback.print_exc()
             _say("another process of this run was lost; the same command again goes on from the last checkpoint.")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tracekin import checkpoint
+from tracekin.checkpoint import Keep
 from tracekin.config import Config, DataConfig, InfluenceConfig, ModelConfig, OptimiserConfig, load, to_yaml
 from tracekin.data.augment import resolve, view
 from tracekin.data.manifest import SPLITS, Manifest
@@ -37,7 +38,7 @@ def make_run(folder: Path, manifest: Manifest, rates: dict[int, float | None] = 
             learn_statistics(network, views)
         tensors = {f"{name}.{key}": t for name, network in networks.items() for key, t in network.state_dict().items()}
         state = {"dataset": manifest.fingerprint()} | ({} if rate is None else {"lr": rate})
-        checkpoint.save(folder, step, {"model": tensors, "optimiser": {}}, state, keep=len(rates))
+        checkpoint.save(folder, step, {"model": tensors, "optimiser": {}}, state, Keep(len(rates)))
     return folder
 
 

@@ -22,7 +22,7 @@ def make_run(folder: Path, manifest: Manifest, policy: Policy = "tracin", *, see
     torch.manual_seed(weights)
     backbone = build_backbone(config.model, config.data.channels)
     model = {f"online.backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
-    checkpoint.save(folder, 40, {"model": model, "optimiser": {}}, {}, keep=2)
+    checkpoint.save(folder, 40, {"model": model, "optimiser": {}}, {})
     facts = {"world_size": 2, "engine": "deepspeed", "zero_stage": 0, "packages": {"torch": "2.x"}}
     (folder / "environment.json").write_text(json.dumps(facts))
     write_metrics(folder, policy)

@@ -10,11 +10,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from launch.sync import pending
 from tests.launch.wandb_server import KEY, WandbServer, wandb_server
+from tracekin.config import MonitorConfig
+from tracekin.monitor.sinks import WeightsAndBiases, log_table
 
 ROOT = Path(__file__).parents[2]
 LOG = """
@@ -29,25 +32,15 @@ sink = WeightsAndBiases(MonitorConfig(wandb="offline"), folder, folder.name, {})
 for step in range(first, last + 1):
     sink.write({"step": step, "loss": 1 / step, "start": start, "filling": "x" * 1000})
 for line in sys.stdin:  # a live run goes on as it is told
+    file = max(folder.glob("wandb/offline-run-*/*.wandb"))
+    enough = max((step + int(line)) * 700, file.stat().st_size + int(line) * 500)
     for _ in range(int(line)):
         step += 1
         sink.write({"step": step, "loss": 1 / step, "start": start, "filling": "x" * 1000})
-    file = max(folder.glob("wandb/offline-run-*/*.wandb"))
-    while file.stat().st_size < step * 700:  # the client writes behind
+    while sink.jobs.qsize() or file.stat().st_size < enough:  # the client writes behind
         time.sleep(0.05)
     print(step, flush=True)
 sink.close()
-"""
-TABLE = """
-import sys
-from pathlib import Path
-from tracekin.config import MonitorConfig
-from tracekin.monitor.sinks import log_table
-
-for mode in ("disabled", "offline"):
-    rows = [["byol", 0.5], ["influence", "failed"]]
-    log_table(Path(sys.argv[1]), MonitorConfig(wandb=mode), "sweeps/demo", ["run", "auc"], rows)
-    print(len(list(Path(sys.argv[1]).glob("wandb/*"))))
 """
 
 
@@ -58,14 +51,18 @@ def environment(home: Path, server: WandbServer | None = None, key: str = KEY) -
     if server is not None:
         # As on many clusters, where the jobs must not try to reach the server.
         kept |= {"WANDB_BASE_URL": server.url, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+        kept |= {"WANDB__GRAPHQL_RETRY_WAIT_MAX_SECONDS": "1"}  # how often it tries is launch.sync's
     return kept | ({"WANDB_API_KEY": key} if key else {})
 
 
 def log(run: Path, start: str, first: int, last: int) -> None:
     """One start of a run, which logs the steps from ``first`` to ``last`` offline."""
     run.mkdir(parents=True, exist_ok=True)
-    arguments = [sys.executable, "-c", LOG, str(run), start, str(first), str(last)]
-    subprocess.run(arguments, env=environment(run.parent), stdin=subprocess.DEVNULL, check=True)
+    with patch.dict(os.environ, environment(run.parent), clear=True):
+        sink = WeightsAndBiases(MonitorConfig(wandb="offline"), run, run.name, {})
+        for step in range(first, last + 1):
+            sink.write({"step": step, "loss": 1 / step, "start": start, "filling": "x" * 1000})
+        sink.close()
 
 
 def sync(server: WandbServer, folder: Path, *words: str, key: str = KEY) -> subprocess.CompletedProcess[str]:
@@ -256,6 +253,27 @@ def test_what_is_pending(tmp_path: Path) -> None:
     assert pending(tmp_path) == [files[2], files[3]]
 
 
+def test_what_is_pending_of_online_starts(tmp_path: Path) -> None:
+    """The rest of an online start waits until another one went on at the server; what was never there always does."""
+
+    def start(day: int, kind: str, begun: str) -> Path:
+        file = tmp_path / "wandb" / f"{kind}-2026010{day}_000000-ab" / "run-ab.wandb"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(bytes(900))
+        if begun:
+            file.with_name(f"{file.name}.syncstate").write_text(begun)
+        return file
+
+    rest = start(1, "offline-run", begun="{}")
+    never = start(2, "offline-run", begun="")
+    start(3, "run", begun="")  # no server: it went on as the next
+    instead = start(4, "offline-run", begun="")
+    assert pending(tmp_path) == [rest, never, instead]
+    start(5, "run", begun="{}")
+    late = start(6, "offline-run", begun="{}")
+    assert pending(tmp_path) == [never, instead, late]
+
+
 @pytest.mark.parametrize(("words", "message"), [((), "runs: no such folder"), ((".",), "no run here logged to W&B")])
 def test_nothing_to_look_at(server: WandbServer, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
     done = sync(server, tmp_path, *words)
@@ -266,9 +284,11 @@ def test_nothing_to_look_at(server: WandbServer, tmp_path: Path, words: tuple[st
 def test_a_table_arrives_and_tells_nothing_of_the_machine(server: WandbServer, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "sweeps" / "demo"
     folder.mkdir(parents=True)
-    arguments = [sys.executable, "-c", TABLE, str(folder)]
-    logged = subprocess.run(arguments, env=environment(tmp_path), check=True, capture_output=True, text=True)
-    assert logged.stdout.split()[0] == "0"  # disabled: nothing written
+    rows = [["byol", 0.5], ["influence", "failed"]]
+    with patch.dict(os.environ, environment(tmp_path), clear=True):
+        log_table(folder, MonitorConfig(wandb="disabled"), "sweeps/demo", ["run", "auc"], rows)
+        assert not list(folder.iterdir())
+        log_table(folder, MonitorConfig(wandb="offline"), "sweeps/demo", ["run", "auc"], rows)
     done = sync(server, tmp_path, "runs/sweeps/demo")
     assert done.returncode == 0, done.stderr
     (arrived,) = server.runs.values()

@@ -7,7 +7,9 @@ its lines at the number of rows that the server names, and a row of a ``_step`` 
 
 import json
 import re
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -53,20 +55,44 @@ class WandbServer(ThreadingHTTPServer):
         self.operations: list[str] = []
         """GraphQL operations in the order of arrival."""
         self.refused = ""
-        """Requests to paths that begin with this are answered with HTTP status 404; "" refuses none."""
+        """Requests to paths that begin with this are answered with HTTP status ``status``; "" refuses none."""
+        self.status = 404
+        self.delay = 0.0
+        """Seconds before each answer."""
+        self.answering = threading.Event()
+        """Cleared, requests are taken and not answered until it is set again: a server that went away for a while."""
+        self.answering.set()
         self.lock = threading.Lock()
 
 
 @contextmanager
-def wandb_server() -> Iterator[WandbServer]:
+def wandb_server(delay: float = 0.0) -> Iterator[WandbServer]:
+    """The server on loopback; each of its answers takes ``delay`` seconds."""
     with WandbServer() as server:
+        server.delay = delay
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:
             yield server
         finally:
+            server.answering.set()
             server.shutdown()
             thread.join()
+
+
+@contextmanager
+def unreachable(listening: bool) -> Iterator[str]:
+    """The address of no server: connections are refused or, ``listening``, accepted and never answered."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        if listening:
+            taken.listen(1000)  # the kernel accepts
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+def environment_of(url: str, key: str = KEY) -> dict[str, str]:
+    """Variables that send the client there."""
+    return {"WANDB_BASE_URL": url, "WANDB_API_KEY": key, "no_proxy": "127.0.0.1"}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -75,8 +101,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        time.sleep(self.server.delay)
+        self.server.answering.wait()
         if self.server.refused and self.path.startswith(self.server.refused):
-            return self._answer({"errors": [{"message": "refused"}]}, 404)
+            return self._answer({"errors": [{"message": "refused"}]}, self.server.status)
         with self.server.lock:
             if self.path == "/graphql":
                 request = json.loads(body)

@@ -44,10 +44,10 @@ def run_with(rank: int, config: Config, actions: dict[int, tuple[int, Any]]) -> 
         step, action = actions[rank]
         act = action if callable(action) else lambda: os.kill(os.getpid(), action)
         loop.train_step = at_step(step, act)
-    before = [signal.getsignal(s) for s in (signal.SIGUSR2, signal.SIGTERM)]
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM)]
     with tiny_backbone():
         outcome = loop.pretrain(config)
-    return outcome.preempted, outcome.step, [signal.getsignal(s) == b for s, b in zip((12, 15), before, strict=True)]
+    return outcome.preempted, outcome.step, [signal.getsignal(s) == b for s, b in zip((2, 12, 15), before, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -60,33 +60,28 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return config
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2, signal.SIGTERM])
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(
     whole: Config, tmp_path: Path, number: signal.Signals
 ) -> None:
     config = replace(whole, folder=str(tmp_path))
     outcomes = run_ranks(run_with, 2, config, {1: (6, int(number))})  # in the middle of the third epoch, to rank 1
-    assert outcomes == [(number.name.removeprefix("SIG"), 7, [True, True])] * 2
+    assert outcomes == [(number.name.removeprefix("SIG"), 7, [True, True, True])] * 2
     newest = checkpoint.latest(config.run_folder)
     assert newest is not None
     assert newest.name == "step-00000007"
     assert [p.name[-2:] for p in checkpoint.complete(config.run_folder)] == ["03", "06", "07"]
 
-    assert run_ranks(run_with, 2, config, {}) == [("", 12, [True, True])] * 2
+    assert run_ranks(run_with, 2, config, {}) == [("", 12, [True, True, True])] * 2
     assert_same_end(whole, config)
     assert [p.name[-2:] for p in checkpoint.complete(config.run_folder)] == ["09", "12"]  # the passing one is gone
     starts = [json.loads(line) for line in (config.run_folder / "starts.jsonl").read_text().splitlines()]
     assert [(s["event"], s["step"], s.get("outcome"), s.get("cause")) for s in starts] == [
         ("start", 0, None, None),
-        ("end", 7, "preempted", number.name.removeprefix("SIG")),
+        ("end", 7, "interrupted" if number == signal.SIGINT else "preempted", number.name.removeprefix("SIG")),
         ("start", 7, None, None),
         ("end", 12, "finished", ""),
     ]
-
-
-def test_ranks_look_for_signals_every_so_many_steps(whole: Config, tmp_path: Path) -> None:
-    config = replace(whole, folder=str(tmp_path), train=replace(whole.train, check_every=4))
-    assert run_ranks(run_with, 2, config, {0: (0, int(signal.SIGTERM))})[0][:2] == ("TERM", 4)
 
 
 def test_whose_lease_was_taken_writes_nothing_more(whole: Config, tmp_path: Path) -> None:
@@ -153,10 +148,10 @@ def test_a_start_that_was_killed_is_named_by_the_next(tmp_path: Path, monkeypatc
 def test_a_checkpoint_does_not_appear_once_the_lease_is_lost(tmp_path: Path) -> None:
     first, second = Start(tmp_path, World()), Start(tmp_path, World())
     first.take()
-    checkpoint.save(tmp_path, 1, {}, {}, 2, check=first.check)
+    checkpoint.save(tmp_path, 1, {}, {}, check=first.check)
     second.take()
     with pytest.raises(FencedError):
-        checkpoint.save(tmp_path, 2, {}, {}, 2, check=first.check)
+        checkpoint.save(tmp_path, 2, {}, {}, check=first.check)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()] == ["step-00000001"]
     (tmp_path / "lease.json").unlink()
     assert not second.held()

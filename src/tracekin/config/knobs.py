@@ -229,21 +229,49 @@ class TrainConfig:
     """DeepSpeed ZeRO: 0 replicates, 1 shards the optimiser state, 2 the gradients too."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl; each line averages the steps since the line before."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves at the end of each epoch alone, where every run saves in any case."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay on disk."""
-    check_every: int = 1
-    """Steps between two looks, of all ranks together, at whether a signal asks the run to save and stop."""
+    """How many of the newest checkpoints stay on disk, and how many of the newest that an epoch's end made."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this stay for ever; 0 none."""
     stop_seconds: float = 20.0
-    """Longest time from a signal to the saved checkpoint, `check_every` steps included. The launcher refuses a cluster
+    """Longest time from a signal to the saved checkpoint, the end of a step included. The launcher refuses a cluster
     that kills sooner; a run that takes longer says so."""
     threads: int = 0
     """CPU threads a rank; 0 shares this machine's cores equally among its ranks."""
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "global_batch", "log_every", "keep_checkpoints", "check_every"):
+        for key in ("epochs", "global_batch", "log_every", "keep_checkpoints"):
             _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
+        for key in ("save_every", "keep_every"):
+            _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more steps")
         _require(self.stop_seconds > 0, "train.stop_seconds", self.stop_seconds, "above 0")
         _require(self.threads >= 0, "train.threads", self.threads, "0 or more")
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    nonfinite: int = 3
+    """Steps in a row whose loss may be no finite number before the run ends; each is undone, counted, and its images
+    are written to nonfinite.jsonl. 1 ends at the first."""
+    collapse: Literal["warn", "stop", "off"] = "warn"
+    """What follows when the targets of a line of metrics fall below the bounds below: the networks have collapsed."""
+    min_target_std: float = 0.02
+    """Bound of target_std, which is 1 for targets spread evenly over the sphere and 0 for equal ones."""
+    min_effective_rank: float = 1.5
+    """Bound of effective_rank, the number of dimensions that the targets fill."""
+    fingerprint_every: int = 100
+    """Steps between two comparisons of all ranks' networks, step and images, which also precede every checkpoint."""
+    stall_seconds: float = 600.0
+    """Longest time that a step, the data it waits for or a checkpoint may take before every rank says where it is and
+    ends with 75; 0 waits for ever."""
+
+    def __post_init__(self) -> None:
+        for key in ("nonfinite", "fingerprint_every"):
+            _require(getattr(self, key) >= 1, f"guard.{key}", getattr(self, key), "1 or more steps")
+        for key in ("min_target_std", "min_effective_rank", "stall_seconds"):
+            _require(getattr(self, key) >= 0, f"guard.{key}", getattr(self, key), "0 or more")
 
 
 @dataclass(frozen=True)
@@ -252,6 +280,14 @@ class MonitorConfig:
     """Weights & Biases mode; offline files lie in the run folder until they are synced."""
     project: str = "tracekin"
     """Weights & Biases project."""
+    init_seconds: float = 20.0
+    """Longest wait for the W&B server at a start (online); after that, this start logs offline."""
+    finish_seconds: float = 8.0
+    """Longest wait for what is not yet sent at an end; the rest stays in the run folder for `python -m launch.sync`."""
+
+    def __post_init__(self) -> None:
+        for key in ("init_seconds", "finish_seconds"):
+            _require(getattr(self, key) > 0, f"monitor.{key}", getattr(self, key), "above 0")
 
 
 @dataclass(frozen=True)
@@ -270,6 +306,7 @@ class Config:
     mining: MiningConfig = field(default_factory=MiningConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:

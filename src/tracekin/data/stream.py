@@ -4,6 +4,7 @@ The order of an epoch, and which part of it a rank's batch holds, is order.py's;
 be had is replaced by another sample, so that ranks stay in step, and reported with the batch.
 """
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -31,6 +32,8 @@ from tracekin.data.reader import ShardReader, Skipped
 
 ATTEMPTS = 16
 """Substitutes that are tried for one sample."""
+LOOK_SECONDS = 1.0
+"""Between two looks of a loader process at whether the process that it works for still lives."""
 
 
 class Item(NamedTuple):
@@ -300,19 +303,23 @@ def run_stages(stages: list[Callable[..., Any]], workers: int) -> Iterator[Any]:
 
 
 def _start_worker(worker: int) -> None:
-    """Leave a job's signals to the main process, which stops its workers itself.
+    """Leave a job's signals to the main process, which stops its workers itself, and end soon after it.
 
     Ctrl-C and Slurm's preemption reach every process; a worker that died of them would break the last checkpoint. Only
-    the parent's own SIGTERM, by which the loader ends a worker, is obeyed.
+    the parent's own SIGTERM, by which the loader ends a worker, is obeyed. A parent that was killed cannot send it, and
+    torch's own watch looks only between batches, every 5 s.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = os.getppid()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def obey_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
+        while os.getppid() == parent.pid:
+            came = signal.sigtimedwait({signal.SIGTERM}, LOOK_SECONDS)
+            if came is not None and came.si_pid == parent.pid:
+                break
         os._exit(0)
 
     threading.Thread(target=obey_parent, daemon=True).start()

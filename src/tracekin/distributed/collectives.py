@@ -141,13 +141,12 @@ def open_host_group() -> Any:
     return dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size() > 1 else None
 
 
-def maximum(value: int, group: Any) -> int:
-    """The ranks' largest value; ``group`` is of ``open_host_group``."""
-    if world_size() == 1:
-        return value
-    box = torch.tensor([value])
-    dist.all_reduce(box, dist.ReduceOp.MAX, group)
-    return int(box)
+def maxima(values: Sequence[int], group: Any) -> list[int]:
+    """The ranks' largest value at each place; ``group`` is of ``open_host_group``."""
+    box = torch.tensor([int(value) for value in values])
+    if world_size() > 1:
+        dist.all_reduce(box, dist.ReduceOp.MAX, group)
+    return box.tolist()
 
 
 def lost_a_rank(error: BaseException | None) -> bool:

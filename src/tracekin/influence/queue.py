@@ -55,6 +55,17 @@ class Queue:
             end = max(end, first + len(block.columns.ids))
         self.written = end
 
+    def forget(self, step: int) -> None:
+        """Drop what ``recording`` kept at a step, as if it had not been; what it overwrote does not come back."""
+        if not self.slots:
+            return
+        count = min(self.written, self.size)
+        places = torch.arange(self.written - count, self.written, device=self.slots["step"].device) % self.size
+        places = places[self.slots["step"][places] != step]  # the oldest first
+        for slot in self.slots.values():
+            slot[: len(places)] = slot[places]
+        self.written = len(places)
+
     def state(self) -> dict[str, Tensor]:
         """All that is remembered, as tensors; ``load`` takes it back."""
         return {**self.slots, "written": torch.tensor(self.written)} if self.slots else {}

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from tracekin.config import Config, UserError, flat, load, to_dict
 from tracekin.data.manifest import Manifest, absent_shards
@@ -10,15 +11,18 @@ from tracekin.data.remote import is_remote
 from tracekin.distributed.world import World
 
 # Keys that a run may change when it continues: they do not alter what is computed.
-FREE_KEYS = {"name", "folder", "mining.chunk", "mining.ring_above"}
+# The manifest may move: that it names the same shards is checked by their checksums.
+FREE_KEYS = {"name", "folder", "data.manifest", "mining.chunk", "mining.ring_above"}
 FREE_KEYS |= {f"data.{key}" for key in ("workers", "max_bad_fraction", "cache", "cache_gb", "read_ahead", "augment_on")}
-FREE_KEYS |= {f"train.{key}" for key in ("log_every", "keep_checkpoints", "threads", "zero_stage")}
-FREE_KEYS |= {"train.check_every", "train.stop_seconds"}
-FREE_SECTIONS = ("monitor.",)
+FREE_KEYS |= {f"train.{key}" for key in ("log_every", "save_every", "keep_checkpoints", "keep_every", "threads")}
+FREE_KEYS |= {"train.zero_stage", "train.stop_seconds"}
+FREE_SECTIONS = ("guard.", "monitor.")
 
 
-def check_run(config: Config, manifest: Manifest, world: World) -> None:
+def check_run(config: Config, manifest: Manifest, world: World, *, allow_change: bool = False) -> None:
     """Check a config against its data, its world and the run folder that it would continue.
+
+    ``allow_change`` lets it continue a run of another config.
 
     Raises:
         UserError: fewer samples than a global batch, too many shards missing, a cache too small for remote shards,
@@ -37,7 +41,9 @@ def check_run(config: Config, manifest: Manifest, world: World) -> None:
     _check_data(config, manifest, world)
     _check_mining(config, manifest, world)
     _check_folder(config.run_folder)
-    _check_continues(config, config.run_folder / "config.yaml")
+    path = config.run_folder / "config.yaml"
+    if path.exists() and not allow_change:
+        check_same(config, to_dict(load(Config, path)), str(path.parent))
 
 
 def _check_data(config: Config, manifest: Manifest, world: World) -> None:
@@ -115,17 +121,29 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _check_continues(config: Config, path: Path) -> None:
-    if not path.exists():
-        return
-    old, new = dict(flat(to_dict(load(Config, path)))), dict(flat(to_dict(config)))
-    changed = [
-        f"{key} {old[key]} -> {new[key]}"
-        for key in new
-        if old[key] != new[key] and key not in FREE_KEYS and not key.startswith(FREE_SECTIONS)
+def changes(config: Config, old: dict[str, Any]) -> list[str]:
+    """``key old -> new`` for each key that alters what a run computes; ``old`` is another config as a dictionary."""
+    before = dict(flat(old))
+    return [
+        f"{key} {before[key]} -> {value}"
+        for key, value in flat(to_dict(config))
+        if before.get(key, value) != value and key not in FREE_KEYS and not key.startswith(FREE_SECTIONS)
     ]
-    if changed:
+
+
+def check_same(config: Config, old: dict[str, Any], where: str) -> None:
+    """Check that a run may be continued under this config.
+
+    Args:
+        config: the new one.
+        old: the one that the run had, as a dictionary.
+        where: what holds the run.
+
+    Raises:
+        UserError: a key differs that alters what is computed.
+    """
+    if changed := changes(config, old):
         raise UserError(
-            f"{path.parent} holds a run of another config ({', '.join(changed)});"
-            " give this one another name=... or remove that folder."
+            f"{where} holds a run of another config ({', '.join(changed)}); give this one another name=..., remove that"
+            " folder, or continue it all the same with --allow-config-change."
         )

@@ -1,17 +1,19 @@
 """A pretraining run: what surrounds the step. One entry under python, torchrun and srun."""
 
 import json
-import math
+import multiprocessing
 import os
 import platform
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from tracekin import checkpoint
-from tracekin.config import Config, UserError, to_dict, to_yaml
+from tracekin.checkpoint import Keep
+from tracekin.config import Config, to_dict, to_yaml
+from tracekin.data.batch import Batch
 from tracekin.data.manifest import Manifest, read_manifest
 from tracekin.data.order import left_over, num_steps_per_epoch, shuffle_of
 from tracekin.data.stream import pretrain_batches
@@ -24,15 +26,19 @@ from tracekin.monitor.environment import environment
 from tracekin.monitor.metrics import Clock, Meter
 from tracekin.monitor.progress import Progress
 from tracekin.monitor.sinks import open_sinks
+from tracekin.train.agreement import Agreement, Verdict
 from tracekin.train.checks import check_run
-from tracekin.train.engine import build_engine, load_optimiser_tensors, optimiser_tensors, preflight, set_lr
+from tracekin.train.engine import build_engine, preflight, set_lr
+from tracekin.train.guard import Collapse, Fingerprint, Refusals, is_finite, samples_digest
 from tracekin.train.miner import Miner
 from tracekin.train.optimiser import peak_lr
 from tracekin.train.preemption import Flag, signals_raise_a_flag
 from tracekin.train.record import gallery_pairs, line, measure
+from tracekin.train.saver import Saver
 from tracekin.train.schedule import lr_at
 from tracekin.train.skips import Skips
 from tracekin.train.start import Start
+from tracekin.train.state import find_checkpoint, gather_parts, load_networks, load_rest
 from tracekin.train.step import Losses, train_step
 
 NUM_GALLERY = 24
@@ -42,36 +48,50 @@ class Outcome(NamedTuple):
     """How a start of a run ended."""
 
     preempted: str
-    """The signal that asked for the end, ``USR2`` or ``TERM``; empty for a run that is finished."""
+    """The signal that asked for the end, ``INT``, ``USR2`` or ``TERM``; empty for a run that is finished."""
     step: int
     """Steps done, and saved."""
 
 
-def pretrain(config: Config) -> Outcome:
-    """Train to the last epoch, from the newest checkpoint of the run folder if there is one.
+def pretrain(config: Config, *, allow_change: bool = False) -> Outcome:
+    """Train to the last epoch, from the newest sound checkpoint of the run folder if there is one.
 
-    On USR2 or TERM all ranks save at the same step and return: the caller decides what becomes of the job.
+    On INT, USR2 or TERM all ranks save at the same step and return: the caller decides what becomes of the job. A
+    second INT ends the process at once, with 130.
+
+    Args:
+        config: the run.
+        allow_change: continue a run of another config.
 
     Raises:
-        UserError: anything that check_run or preflight find wrong.
-        FloatingPointError: the loss is no longer finite.
+        UserError: anything that check_run or preflight find wrong, no sound checkpoint among several, or a checkpoint
+            that cannot be written.
+        DivergedError: the loss is no longer finite, or the networks have collapsed.
+        DriftError: the ranks' networks differ.
         FencedError: a newer start of this run has taken over the run folder.
     """
     world = world_from_environment()
     manifest = read_manifest(config.data.manifest, complete=False)
-    check_run(config, manifest, world)
+    check_run(config, manifest, world, allow_change=allow_change)
     device = _claim_device(config, world)
     preflight(device)
     start = Start(config.run_folder, world)
-    with signals_raise_a_flag() as flag, start.guarded(), process_group(world, device):
-        return _Run(config, manifest, world, device, start, flag).train()
+    with signals_raise_a_flag(_interrupted) as flag, start.guarded(), process_group(world, device):
+        return _Run(config, manifest, world, device, start, flag, allow_change).train()
 
 
 class _Run:
     """The objects that live as long as the run."""
 
     def __init__(
-        self, config: Config, manifest: Manifest, world: World, device: torch.device, start: Start, flag: Flag
+        self,
+        config: Config,
+        manifest: Manifest,
+        world: World,
+        device: torch.device,
+        start: Start,
+        flag: Flag,
+        allow_change: bool,
     ) -> None:
         self.config, self.manifest, self.world, self.device = config, manifest, world, device
         self.start, self.flag = start, flag
@@ -83,27 +103,27 @@ class _Run:
         online = Online(config.model, config.data.channels, config.train.precision == "bf16").to(device)
         self.target = Target(online)
         self.step = 0
+        self.skips = Skips(manifest.count("train"), config.data.max_bad_fraction)
         if world.is_main:
             start.take()  # before looking for a checkpoint: an older start adds none from here on
-        found = collectives.broadcast_object(checkpoint.latest(self.folder))  # every rank goes on from the same one
+        found, state = find_checkpoint(config, manifest, allow_change=allow_change, say=self._say)
         if found is not None:
-            online.load_state_dict(checkpoint.load_model(found, "online."))
-            self.target.load_state_dict(checkpoint.load_model(found, "target."))
-            state = checkpoint.load_state(found)
-            if state["dataset"] != manifest.fingerprint():
-                raise UserError(
-                    f"{found} was trained on other shards than {config.data.manifest} holds now;"
-                    f" give this run another name=... or remove {self.folder}."
-                )
             self.step = int(state["step"])
+            self.skips.in_epoch = set(state["replaced"])
+            load_networks(found, online, self.target)
         self.engine = build_engine(online, config.optimiser, config.train, world)
-        if found is not None:
-            load_optimiser_tensors(self.engine, checkpoint.load_part(found, "optimiser"))
         self.miner = Miner(config.mining, online, config.seed, world.local_size)
         if found is not None:
-            self._remember(found)
+            load_rest(found, self.engine, self.target, self.miner, device)
         self.clock, self.meter = Clock(device), Meter(device)
-        self.skips = Skips(manifest.count("train"), config.data.max_bad_fraction)
+        self.losses: Losses | None = None
+        self.agreement = Agreement()
+        networks = {"online": online, "target": self.target}
+        self.refusals = Refusals(config, manifest, [*networks.values()])
+        self.fingerprint = Fingerprint(config, manifest, world, networks)
+        self.collapse = Collapse(config)
+        keep = Keep(config.train.keep_checkpoints, config.train.keep_every)
+        self.saver = Saver(self.folder, keep, start.check)
         # Gathered once: it asks git, which no checkpoint should wait for.
         self.facts = environment(world.size, device, config.train.zero_stage) if world.is_main else {}
         self.slowest_stop = config.train.stop_seconds
@@ -119,10 +139,12 @@ class _Run:
         try:
             stop = self._loop(sinks, progress)
         finally:
+            self.saver.wait()  # a checkpoint under way is finished, whatever else has gone wrong
             for closable in [*sinks, *([progress] if progress else [])]:
                 closable.close()
+        outcome = {"": "finished", "INT": "interrupted"}.get(stop, "preempted")
         if self.world.is_main:
-            self.start.log("end", outcome="preempted" if stop else "finished", cause=stop, step=self.step)
+            self.start.log("end", outcome=outcome, cause=stop, step=self.step)
         seconds = time.perf_counter() - began
         if stop:
             self._say(f"{self.folder}: {stop} came; saved step {self.step} of {self.num_steps} after {seconds:.0f} s")
@@ -132,68 +154,51 @@ class _Run:
 
     def _loop(self, sinks: list[Any], progress: Progress | None) -> str:
         """Train to the end, or to the step at which the ranks agree on a signal; returns its name, or ``""``."""
-        config = self.config
+        config = self.config.train
         steps = range(self.step, self.num_steps)
-        batches = iter(
-            pretrain_batches(
-                self.manifest,
-                config.data,
-                seed=config.seed,
-                global_batch=config.train.global_batch,
-                share=self.world.share(config.train.global_batch),
-                steps=steps,
-                views=2 + config.mining.support_views,
-            )
-        )
+        batches = iter(self._batches(steps))
         self.engine.train()
         began, first = time.perf_counter(), self.step
         for step in steps:
-            losses, schedule = self._one_step(batches, step)
+            schedule, stop = self._one_step(batches, step)
             self.step = step + 1
             if progress:
                 progress.update()
-            stop = self.flag.agreed() if self.step % config.train.check_every == 0 else ""
             end_of_epoch = self.step % self.steps_per_epoch == 0
-            if not end_of_epoch and not stop and self.step % config.train.log_every:
+            save = end_of_epoch or bool(stop) or (config.save_every > 0 and self.step % config.save_every == 0)
+            if not save and self.step % config.log_every:
                 continue
-            record = self._record(losses, schedule, time.perf_counter() - began, self.step - first)
-            if self.world.is_main:
-                self.start.check()
-            if record["skipped"]:
-                self.skips.flush(self.step, self.folder if self.world.is_main else None)
-            for sink in sinks:
-                sink.write(record)
-            if progress:
-                progress.report(record)
-            if not math.isfinite(record["loss"]):
-                raise FloatingPointError(f"the loss is {record['loss']} at step {self.step}; the run stops here.")
+            record = self._record(schedule, time.perf_counter() - began, self.step - first)
+            self._write(record, sinks, progress)
             if end_of_epoch:
                 self.skips.end_epoch()
-            if end_of_epoch or stop:
+            if save:
                 ended = time.perf_counter()
-                self._save(losses, schedule["lr"], passing=not end_of_epoch)
+                self._save(schedule["lr"], end_of_epoch=end_of_epoch)
                 self._time_a_stop((ended - began) / (self.step - first), time.perf_counter() - ended)
-            if stop and self.step < self.num_steps:
-                return stop
+            if stop:
+                break
             began, first = time.perf_counter(), self.step
-        return ""
+        self._settle()
+        return stop if self.step < self.num_steps else ""
 
-    def _time_a_stop(self, step_seconds: float, save_seconds: float) -> None:
-        """Say so where a signal would have taken longer to obey than any before, and than the launcher was told."""
-        needed = self.config.train.check_every * step_seconds + save_seconds
-        if needed > self.slowest_stop:
-            self.slowest_stop = needed
-            self._say(
-                f"a stop would take {needed:.0f} s ({self.config.train.check_every} steps of {step_seconds:.1f} s, save"
-                f" {save_seconds:.1f} s), more than train.stop_seconds={self.config.train.stop_seconds:g}: raise it."
-            )
+    def _batches(self, steps: range) -> Iterator[Batch]:
+        return pretrain_batches(
+            self.manifest,
+            self.config.data,
+            seed=self.config.seed,
+            global_batch=self.config.train.global_batch,
+            share=self.world.share(self.config.train.global_batch),
+            steps=steps,
+            views=2 + self.config.mining.support_views,
+        )
 
-    def _one_step(self, batches: Any, step: int) -> tuple[Losses, dict[str, float]]:
+    def _one_step(self, batches: Iterator[Batch], step: int) -> tuple[dict[str, float], str]:
+        """One step and what is measured of it; returns the schedule's values and the signal that was agreed on."""
         config, mining = self.config, self.config.mining
         with self.clock.phase("data", host=True):
             batch = next(batches).to(self.device, non_blocking=True).developed()
         self.skips.fresh += batch.skipped
-        self.meter.add(skipped=float(len(batch.skipped)))
         warmup_steps = round(config.optimiser.warmup_epochs * self.steps_per_epoch)
         peak = peak_lr(config.optimiser, config.train.global_batch)
         lr, tau = (
@@ -201,68 +206,110 @@ class _Run:
             tau_at(step, self.num_steps, config.objective.tau_base),
         )
         set_lr(self.engine, lr)
+        self.refusals.before()
+        verdict = Verdict("", True, False)
+
+        def accept(loss: Tensor) -> bool:
+            nonlocal verdict
+            failed = self.saver.error is not None
+            verdict = self.agreement.reach(signal=self.flag.raised, finite=is_finite(loss), save_failed=failed)
+            return verdict.finite
+
         losses = train_step(
             self.engine,
             self.target,
             batch,
             self.miner,
             tau=tau,
+            accept=accept,
             weight=mining.weight if step >= mining.warmup * self.num_steps else 0.0,
             step=step,
             lr=lr,
             clock=self.clock,
         )
-        measure(self.meter, losses, self.miner, step)
-        return losses, {"lr": lr, "tau": tau}
+        first = self.world.share(config.train.global_batch).start
+        self.meter.add(skipped=float(len(batch.skipped)), samples=samples_digest(batch, step, first))
+        if verdict.finite:
+            self.refusals.accepted()
+            measure(self.meter, losses, self.miner, step)
+        else:
+            self.miner.forget(step)
+            self.refusals.refuse(step, losses.loss, batch)
+        if verdict.finite or self.losses is None:
+            self.losses = losses
+        if (step + 1) % config.guard.fingerprint_every == 0:
+            self.fingerprint.compare(step, batch)
+        if verdict.save_failed:
+            self._settle()
+        self.batch = batch
+        return {"lr": lr, "tau": tau}, verdict.stop
 
-    def _record(self, losses: Losses, schedule: dict[str, float], seconds: float, steps: int) -> dict[str, Any]:
+    def _record(self, schedule: dict[str, float], seconds: float, steps: int) -> dict[str, Any]:
         """One line of metrics.jsonl: means over the ``steps`` steps since the line before, seconds a step."""
         traffic, self.miner.traffic.bytes = self.miner.traffic.bytes, 0
+        nonfinite = self.refusals.flush()
+        assert self.losses is not None
         return {
             "step": self.step,
             "epoch": (self.step - 1) // self.steps_per_epoch,
             "time": round(time.time(), 1),
             **schedule,
             "images_per_second": self.config.train.global_batch * steps / seconds,
-            **line(self.meter, losses, self.clock.flush(), traffic, steps, seconds),
+            **line(self.meter, self.losses, self.clock.flush(), traffic, steps, seconds, nonfinite),
         }
 
-    def _save(self, losses: Losses, lr: float, *, passing: bool) -> None:
-        """Checkpoint and, at the end of an epoch, gallery; collective: ZeRO's optimiser state lies on all ranks."""
-        optimiser = optimiser_tensors(self.engine)
-        pairs = gallery_pairs(losses.found, NUM_GALLERY) if losses.found and not passing else None
+    def _write(self, record: dict[str, Any], sinks: list[Any], progress: Progress | None) -> None:
+        """Show a line of metrics to everyone who looks at it."""
         if self.world.is_main:
-            networks = {"online": self.engine.module, "target": self.target}
-            model = {f"{name}.{key}": t for name, net in networks.items() for key, t in net.state_dict().items()}
-            parts = {"model": model, "optimiser": optimiser}
-            if self.miner.queue:
-                parts["queue"] = self.miner.queue.state()
-            state = {
-                "dataset": self.manifest.fingerprint(),
-                "lr": lr,
-                "config": to_dict(self.config),
-                "environment": self.facts,
-            }
-            keep = self.config.train.keep_checkpoints
-            checkpoint.save(self.folder, self.step, parts, state, keep, passing=passing, check=self.start.check)
-            if pairs is not None:
-                content = {"step": self.step, "dataset": self.manifest.fingerprint(), "pairs": pairs}
-                write_text(self.folder / "gallery.json", json.dumps(content) + "\n")
-        if self.miner.history and not passing:
-            self.miner.history.remember(self.engine.module, self.target, lr)
-        collectives.barrier()
+            self.start.check()
+        if record["skipped"]:
+            self.skips.flush(self.step, self.folder if self.world.is_main else None)
+        for sink in sinks:
+            sink.write(record)
+        if progress:
+            progress.report(record)
+        self.collapse.look(record)
 
-    def _remember(self, found: Path) -> None:
-        """What the miner knew at a checkpoint: the queue, and the networks of the last checkpoints."""
-        if self.miner.queue:
-            self.miner.queue.load(checkpoint.load_part(found, "queue"), self.device)
-        if self.miner.history:
-            last = checkpoint.complete(self.folder, up_to=found, lasting=True)[-self.config.mining.checkpoints :]
-            for path in collectives.broadcast_object(last):
-                rate = checkpoint.load_state(path)["lr"]
-                online, target = self.miner.history.remember(self.engine.module, self.target, rate)
-                online.load_state_dict(checkpoint.load_model(path, "online."))
-                target.load_state_dict(checkpoint.load_model(path, "target."))
+    def _save(self, lr: float, *, end_of_epoch: bool) -> None:
+        """Begin a checkpoint and, at the end of an epoch, write the gallery; collective."""
+        self.fingerprint.compare(self.step - 1, self.batch)
+        self.fingerprint.check_finite()
+        with self.clock.phase("save", host=True):
+            parts = gather_parts(self.engine, self.target, self.miner, self.device)
+            found = self.losses.found if self.losses and end_of_epoch else None
+            pairs = gallery_pairs(found, NUM_GALLERY) if found else None
+            if self.world.is_main:
+                state = {
+                    "epoch_end": end_of_epoch,
+                    "dataset": self.manifest.fingerprint(),
+                    "lr": lr,
+                    "replaced": sorted(self.skips.in_epoch),
+                    "config": to_dict(self.config),
+                    "environment": self.facts,
+                }
+                self.saver.start(self.step, parts, state)
+                if pairs is not None:
+                    content = {"step": self.step, "dataset": self.manifest.fingerprint(), "pairs": pairs}
+                    write_text(self.folder / "gallery.json", json.dumps(content) + "\n")
+        if self.miner.history and end_of_epoch:
+            self.miner.history.remember(self.engine.module, self.target, lr)
+
+    def _settle(self) -> None:
+        """Wait for the checkpoint under way; where it could not be written every rank raises alike. Collective."""
+        error = collectives.broadcast_object(self.saver.wait())
+        if error is not None:
+            raise error
+
+    def _time_a_stop(self, step_seconds: float, stall_seconds: float) -> None:
+        """Say so where a signal would have taken longer to obey than any before, and than the launcher was told."""
+        save_seconds = stall_seconds + self.saver.seconds  # of the checkpoint before
+        needed = step_seconds + save_seconds
+        if needed > self.slowest_stop:
+            self.slowest_stop = needed
+            self._say(
+                f"a stop would take {needed:.0f} s (a step {step_seconds:.1f} s, a checkpoint {save_seconds:.1f} s),"
+                f" more than train.stop_seconds={self.config.train.stop_seconds:g}: raise it."
+            )
 
     def _open_folder(self) -> list[Any]:
         if not self.world.is_main:
@@ -305,3 +352,10 @@ def _claim_device(config: Config, world: World) -> torch.device:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(config.train.threads or max(1, cores // world.local_size))
     return torch.device("cpu")
+
+
+def _interrupted() -> None:
+    """End this process as a second Ctrl-C asks."""
+    for child in multiprocessing.active_children():  # loader processes
+        child.kill()
+    os._exit(130)

@@ -108,6 +108,11 @@ class Miner:
         # What is remembered comes first: it is scored before it is overwritten.
         return Candidates((), target, ids, groups, labels, weight), chain([Block(len(columns.ids), old)], blocks)
 
+    def forget(self, step: int) -> None:
+        """Do as if a step had not been."""
+        if self.queue:
+            self.queue.forget(step)
+
     def choose(self, rows: Candidates, columns: Candidates, blocks: Iterator[Block], step: int) -> Mined:
         """The best columns of my rows: [B, k + 1] where the pool has as many, so that the runner-up is known."""
         k = self.mining.k

@@ -3,6 +3,7 @@
 Shape suffixes: B images of this rank, P of all ranks, k mined an image.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from tracekin.monitor.metrics import Meter, spread
 from tracekin.train.miner import Miner
 from tracekin.train.step import Found, Losses
 
-PHASES = ("online", "target", "mining", "backward", "update")
+PHASES = ("online", "target", "mining", "backward", "update", "save")
 
 
 def measure(meter: Meter, losses: Losses, miner: Miner, step: int) -> None:
@@ -41,19 +42,28 @@ def measure(meter: Meter, losses: Losses, miner: Miner, step: int) -> None:
         meter.add(hits=hits.nansum(), chance=chance.where(chosen, 0).sum())
 
 
-def line(meter: Meter, losses: Losses, phases: dict[str, float], traffic: int, steps: int, seconds: float) -> Any:
+def line(
+    meter: Meter,
+    losses: Losses,
+    phases: dict[str, float],
+    traffic: int,
+    steps: int,
+    seconds: float,
+    nonfinite: int = 0,
+) -> Any:
     """The means of ``steps`` steps that took ``seconds``, as keys of metrics.jsonl; None where nothing applies.
 
     Args:
         meter: what ``measure`` filled; it starts anew.
-        losses: of the last step.
+        losses: of the last step that was not refused.
         phases: seconds of each phase over all the steps.
         traffic: bytes that mining received on this rank over all the steps.
         steps: number of steps.
         seconds: wall time of all the steps.
+        nonfinite: how many of the steps were refused; the means are those of the others.
     """
     sums = meter.flush()
-    each = steps * collectives.world_size()
+    each = (steps - nonfinite) * collectives.world_size()
 
     def share(part: str, whole: str) -> float | None:
         return sums[part] / sums[whole] if sums.get(whole) and part in sums else None
@@ -64,7 +74,7 @@ def line(meter: Meter, losses: Losses, phases: dict[str, float], traffic: int, s
         return None if found is None else found / collectives.world_size()
 
     return {
-        **{key: sums[key] / each for key in ("loss", "loss_byol", "loss_mined")},
+        **{key: sums[key] / each if each else math.nan for key in ("loss", "loss_byol", "loss_mined")},
         "hit_rate": share("hits", "num_mined"),
         "chance_rate": share("chance", "num_mined"),
         "mined_fraction": share("num_mined", "num_anchors"),
@@ -79,6 +89,8 @@ def line(meter: Meter, losses: Losses, phases: dict[str, float], traffic: int, s
         **{f"{phase}_seconds": phases.get(phase, 0.0) / steps for phase in PHASES},
         "gathered_bytes": traffic // steps,
         "skipped": round(sums.get("skipped", 0)),
+        "nonfinite": nonfinite,
+        "samples_digest": round(sums.get("samples", 0)),
     }
 
 

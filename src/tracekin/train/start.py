@@ -7,7 +7,7 @@ lease; whoever finds another's name in it writes nothing more.
 import json
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,8 @@ class Start:
             lost = lost_a_rank(error)
             if self.held() and (self.world.is_main or not (lost or isinstance(error, UserError))):
                 outcome = "interrupted" if isinstance(error, KeyboardInterrupt) else "lost" if lost else "failed"
-                self.log("end", outcome=outcome, cause=_in_one_line(error), rank=self.world.rank)
+                with suppress(OSError):  # a full disk may be the very reason for the end
+                    self.log("end", outcome=outcome, cause=_in_one_line(error), rank=self.world.rank)
             raise
 
 

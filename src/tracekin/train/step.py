@@ -88,9 +88,20 @@ def byol_with_mined_positives(
     return Losses(loss_byol + weight * loss_mined, loss_byol, loss_mined, target_BVD, found)
 
 
-def train_step(engine: Any, target: Target, batch: Batch, miner: Miner, *, tau: float, **context: Any) -> Losses:
-    """One optimiser step; ``context`` is passed to ``byol_with_mined_positives``."""
+def train_step(
+    engine: Any,
+    target: Target,
+    batch: Batch,
+    miner: Miner,
+    *,
+    tau: float,
+    accept: Callable[[Tensor], bool] = lambda loss: True,
+    **context: Any,
+) -> Losses:
+    """One optimiser step, unless ``accept`` refuses the loss; ``context`` is for ``byol_with_mined_positives``."""
     losses = byol_with_mined_positives(engine, target, batch, miner, **context)
+    if not accept(losses.loss):
+        return losses
     # 5. Backward and step through DeepSpeed; the target follows by an exponential moving average.
     with context["clock"].phase("backward"):
         engine.backward(losses.loss)

@@ -1,0 +1,120 @@
+"""What must survive a stop: gathered from all ranks for a checkpoint, and put back from one in any world."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracekin import checkpoint
+from tracekin.config import Config, UserError
+from tracekin.data.manifest import Manifest
+from tracekin.distributed import collectives
+from tracekin.model.byol import Online, Target
+from tracekin.train.checks import changes, check_same
+from tracekin.train.engine import load_optimiser_tensors, optimiser_tensors
+from tracekin.train.miner import Miner
+from tracekin.train.randomness import gather_random_state, restore_random_state
+
+
+def gather_parts(engine: Any, target: Target, miner: Miner, device: torch.device) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a checkpoint, by checkpoint.PARTS; on rank 0 copies on the host, empty on the others. Collective.
+
+    The training may go on as soon as this returns.
+    """
+    optimiser, ranks = optimiser_tensors(engine), gather_random_state(device)
+    if collectives.rank():
+        return {}
+    networks = {"online": engine.module, "target": target}
+    model = {f"{name}.{key}": t for name, net in networks.items() for key, t in net.state_dict().items()}
+    parts = {"model": model, "optimiser": optimiser, "ranks": ranks}
+    if miner.queue:
+        parts["queue"] = miner.queue.state()
+    return {part: {name: t.detach().to("cpu", copy=True) for name, t in held.items()} for part, held in parts.items()}
+
+
+def find_checkpoint(
+    config: Config, manifest: Manifest, *, allow_change: bool, say: Callable[[str], None]
+) -> tuple[Path | None, dict[str, Any]]:
+    """The newest sound checkpoint of a run, the same for every rank, and its state; None if there is none. Collective.
+
+    Args:
+        config: of the run that goes on.
+        manifest: of its data.
+        allow_change: go on even if either has changed.
+        say: told what is damaged or has changed.
+
+    Raises:
+        UserError: there are checkpoints and all are damaged, or a change that is not allowed.
+    """
+    found: Path | None = None
+    error: UserError | None = None
+    if collectives.rank() == 0:  # alone: it reads every byte
+        try:
+            found = checkpoint.latest(config.run_folder, say)
+        except UserError as damaged:
+            error = damaged
+    found, error = collectives.broadcast_object((found, error))
+    if error is not None:
+        raise error
+    if found is None:
+        return None, {}
+    state = checkpoint.load_state(found)
+    same_shards = state["dataset"] == manifest.fingerprint()
+    if not allow_change:
+        check_same(config, state["config"], str(found))
+        if not same_shards:
+            raise UserError(
+                f"{found} was trained on other shards than {config.data.manifest} holds now; give this run another"
+                f" name=..., remove {config.run_folder}, or go on all the same with --allow-config-change."
+            )
+    if changed := [*changes(config, state["config"]), *([] if same_shards else ["other shards"])]:
+        say(f"continuing under another config: {', '.join(changed)}")
+    return found, state
+
+
+def load_networks(found: Path, online: Online, target: Target) -> None:
+    """Set both networks; before the engine is built, which makes copies of the weights.
+
+    Raises:
+        UserError: the checkpoint is damaged, or of networks of another shape.
+    """
+    for name, net in (("online", online), ("target", target)):
+        _fill(net, checkpoint.load_model(found, f"{name}."), f"{found}: {name}")
+
+
+def load_rest(found: Path, engine: Any, target: Target, miner: Miner, device: torch.device) -> None:
+    """Set the optimiser, what the miner remembers and this rank's random state. Collective.
+
+    Raises:
+        UserError: the checkpoint is damaged, or of another optimiser.
+    """
+    try:
+        load_optimiser_tensors(engine, checkpoint.load_part(found, "optimiser"))
+    except KeyError as error:
+        raise UserError(
+            f"{found} holds no optimiser state {error}: it was saved under another optimiser. Keep optimiser.name, or"
+            " start a new run from its encoder with init.from."
+        ) from None
+    if miner.queue:
+        held = checkpoint.load_part(found, "queue") if (found / "queue.safetensors").exists() else {}
+        miner.queue.load(held, device)
+    if miner.history:
+        lasting = checkpoint.complete(found.parents[1], up_to=found, lasting=True)[-miner.mining.checkpoints :]
+        for path in collectives.broadcast_object(lasting):
+            rate = checkpoint.load_state(path)["lr"]
+            load_networks(path, *miner.history.remember(engine.module, target, rate))
+    restore_random_state(checkpoint.load_part(found, "ranks"), device)
+
+
+def _fill(net: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+    own = net.state_dict()
+    if lacking := sorted(own.keys() ^ tensors.keys()):
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise UserError(f"{what} does not fit model.*: {lacking[0]}{more} is in one of them alone.")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            shapes = f"{list(tensor.shape)} there and {list(own[name].shape)} under this config"
+            raise UserError(f"{what} does not fit model.*: {name} is {shapes}.")
+    net.load_state_dict(tensors)
