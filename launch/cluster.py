@@ -1,6 +1,7 @@
 """Where jobs run: slurm/profiles/*.yaml as a typed Profile, checked against what Slurm has."""
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -95,7 +96,7 @@ def read_profile(name: str, overrides: Sequence[str] = (), cluster: str | None =
         UserError: no such profile, an unknown key, a value out of range.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises where a name is too long
         known = sorted(p.stem for p in PROFILES.glob("*.yaml"))
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]}?" if near else f"accepted: {', '.join(known)}, or the path of a YAML file."

@@ -8,6 +8,8 @@ import difflib
 import hashlib
 import itertools
 import json
+import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -20,6 +22,8 @@ from tracekin.train.checks import FREE_KEYS, FREE_SECTIONS
 
 NUM_DIGITS = 8
 LONGEST_LABEL = 80
+MOST_ELEMENTS = 100_000
+"""Runs of a sweep: beyond what a cluster works off, and what a slip of a few more values soon comes to."""
 Assignment = dict[str, Any]
 
 
@@ -200,6 +204,10 @@ def _check_grid_keys(sweep: SweepConfig, where: str) -> None:
 
 def _points(sweep: SweepConfig) -> list[Assignment]:
     """Every combination of the grid's values that no exclusion matches."""
+    if (count := math.prod(map(len, sweep.grid.values()))) > MOST_ELEMENTS:
+        raise UserError(
+            f"sweep {sweep.name}: grid has {count} elements; accepted are {MOST_ELEMENTS}. Split the sweep."
+        )
     every = [dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
     left = every
     for entry in sweep.exclude:
@@ -279,7 +287,7 @@ def _is_plain(key: str, value: Any) -> bool:
 
 def _names_by_digest(folder: Path) -> dict[str, str]:
     """Names of the runs that lie in a sweep's folder, by the digits at their end."""
-    names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    names = [path.name for path in folder.iterdir() if path.is_dir()] if os.path.isdir(folder) else []
     found = (re.fullmatch(rf".*-([0-9a-f]{{{NUM_DIGITS}}})", name) for name in sorted(names))
     return {match[1]: match[0] for match in found if match}
 

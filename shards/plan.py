@@ -20,7 +20,7 @@ from shards.recipes import RECIPES
 from shards.recipes.base import Dataset, Record, Task, deal_groups
 from shards.source import Source
 from tracekin.config import UserError, load
-from tracekin.data.manifest import SPLITS
+from tracekin.data.manifest import LONGEST_NAME, SPLITS, is_name
 
 VERSION = 1
 """Raised when the packer writes other bytes for the same source, so that nothing old is taken for finished."""
@@ -135,6 +135,8 @@ def make_plan(source: Path | None, recipe: str, options: tuple[str, ...], settin
     if not any(shard.split == "train" for shard in shards):
         raise no_train_image(out, {shard.split for shard in shards})
     name = settings.name or out.name
+    if not is_name(name):
+        raise UserError(f"--name {name!r}: accepted are up to {LONGEST_NAME} characters that print.")
     secret = settings.secret
     return Plan(secret, recipe, name, dataset.task, dataset.classes, given, size, keep, settings.max_rejected, shards)
 

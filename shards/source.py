@@ -14,6 +14,9 @@ from typing import BinaryIO, cast
 from tracekin.config import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+LARGEST = 1 << 30
+"""Bytes of a file that is read at once; a zip of a megabyte may hold members of many gigabytes."""
+_LITTLE = 4096
 HIDDEN = ("/__MACOSX", "/.")  # how a part of a path starts that file managers leave behind
 
 
@@ -254,19 +257,34 @@ def _open_zip(path: str) -> zipfile.ZipFile:
 
 
 def _read_member(path: str, name: str) -> bytes:
-    return _open_zip(path).read(name)
+    archive = _open_zip(path)
+    info = archive.getinfo(name)
+    _check_size(info.file_size)
+    if info.compress_type == zipfile.ZIP_BZIP2:  # a few hundred of its bytes may be gigabytes, and nothing stops it
+        raise ValueError("it is compressed by bzip2; accepted are deflate and LZMA")
+    with archive.open(info) as file:
+        # Given a number, zipfile inflates no more, whatever the member holds; LZMA it can only give little at a time.
+        if info.compress_type != zipfile.ZIP_LZMA:
+            return file.read(info.file_size)
+        return b"".join(iter(partial(file.read, _LITTLE), b""))
 
 
 def _read_file(path: str) -> bytes:
     descriptor = os.open(path, os.O_RDONLY)  # a file object takes twice as long over a small image
     try:
         size = os.fstat(descriptor).st_size
+        _check_size(size)
         content = os.read(descriptor, size + 1)
         while len(content) != size and (more := os.read(descriptor, 1 << 20)):  # 2 GiB at most come at once
             content += more
         return content
     finally:
         os.close(descriptor)
+
+
+def _check_size(size: int) -> None:
+    if size > LARGEST:
+        raise ValueError(f"it has {size} bytes; accepted are {LARGEST}")
 
 
 def _open_member(path: str, name: str) -> BinaryIO:

@@ -164,7 +164,7 @@ def _labels(archive: Source, split: str) -> NDArray[np.int64]:
     with _open(archive, member) as file:
         try:
             labels = np.lib.format.read_array(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{archive.path}: {member} cannot be read: {error}; download it again.") from None
     if labels.ndim != 2 or labels.dtype.kind not in "iub" or labels.shape[1] == 0:
         raise UserError(

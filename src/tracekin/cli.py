@@ -5,6 +5,7 @@ over, 75 try again (a signal asked for the end and all is saved, or a rank was l
 interrupted (all is saved at the first Ctrl-C; a second one ends at once).
 """
 
+import os
 import sys
 import textwrap
 import traceback
@@ -160,7 +161,7 @@ def _split(arguments: tuple[str, ...]) -> tuple[list[Path], list[str]]:
 
 
 def _require_run(run: Path) -> None:
-    if not (run / "config.yaml").is_file():
+    if not os.path.isfile(run / "config.yaml"):  # Path.is_file raises where a name is too long
         near = ", ".join(sorted(str(p.parent) for p in run.parent.glob("*/config.yaml"))[:8])
         raise UserError(f"{run} is no run folder (it has no config.yaml).{f' Beside it are: {near}.' if near else ''}")
 

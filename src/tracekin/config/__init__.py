@@ -3,7 +3,7 @@
 A YAML file states only its difference from the defaults.
 """
 
-from tracekin.config.errors import UserError
+from tracekin.config.errors import UserError, holds_control
 from tracekin.config.knobs import (
     AugmentConfig,
     Config,
@@ -40,6 +40,7 @@ __all__ = [
     "UserError",
     "attribute",
     "flat",
+    "holds_control",
     "load",
     "shareable",
     "to_dict",

@@ -23,6 +23,9 @@ Policy = Literal[
 ]
 """What mines the positive; the registry of tracekin.influence.policies, one file a name (`none` mines nothing)."""
 
+LONGEST_PART, LONGEST_PATH = 255, 3500
+"""Bytes of a run folder's path; Linux takes 4095, what lies in the folder included."""
+
 
 def _require(condition: bool, key: str, value: object, accepted: str) -> None:
     if not condition:
@@ -321,6 +324,12 @@ class Config:
             raise UserError(
                 f"name={self.name!r} is not a name: it must be a relative path inside folder={self.folder}."
             )
+        sizes = [len(part.encode("utf-8", "surrogatepass")) for part in self.run_folder.parts]
+        if max(sizes) > LONGEST_PART or sum(sizes) + len(sizes) > LONGEST_PATH:
+            raise UserError(
+                f"folder and name make a path that is too long, {str(self.run_folder)!r}: accepted are {LONGEST_PATH}"
+                f" bytes, {LONGEST_PART} between two slashes."
+            )
 
     @property
     def run_folder(self) -> Path:
@@ -357,7 +366,8 @@ class EvaluateConfig:
             _require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
         _require(self.knn_temperature > 0, "knn_temperature", self.knn_temperature, "above 0")
         _require(len(self.linear_c) > 0 and min(self.linear_c, default=0) > 0, "linear_c", self.linear_c, "above 0")
-        _require(self.workers >= 0, "workers", self.workers, "0 or more")
+        for key in ("workers", "seed"):
+            _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ A key that is a word of Python, ``init.from``, is a field with an underscore beh
 import difflib
 import keyword
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,10 +17,13 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tracekin.config.errors import UserError
+from tracekin.config import plainyaml
+from tracekin.config.errors import UserError, holds_control
 from tracekin.config.knobs import Config
 
 T = TypeVar("T")
+MERGE_ERRORS = (OmegaConfBaseException, ValueError, TypeError, OverflowError, RecursionError)
+TEXTS = (list[str], tuple[str, ...])
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
@@ -36,7 +41,7 @@ def load(schema: type[T], path: str | Path | None = None, overrides: Sequence[st
     Raises:
         UserError: missing or unreadable file, unknown key (with a suggestion), wrong type, value out of range.
     """
-    merged = OmegaConf.structured(schema)
+    merged = _defaults(schema)  # type: ignore[arg-type]  # mypy takes type[T] for no Hashable
     if path is not None:
         merged = _merge(schema, merged, _read_yaml(Path(path)), str(path))
     for override in overrides:
@@ -44,9 +49,9 @@ def load(schema: type[T], path: str | Path | None = None, overrides: Sequence[st
         if not equals or not key:
             raise UserError(f"{override!r} is not an override: write key=value, for example train.epochs=3.")
         try:
-            parsed: Any = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"the value in {override!r} is not YAML: {_first_line(error)}.") from None
+            parsed: Any = plainyaml.parse(value)
+        except ValueError as error:
+            raise UserError(f"the value in {override!r} is not YAML: {error}.") from None
         if _is_text(schema, key) and not isinstance(parsed, str | None):
             parsed = value  # YAML takes on for True, 12:30 for 750 and 1.10 for 1.1
         for part in reversed(key.split(".")):
@@ -57,9 +62,7 @@ def load(schema: type[T], path: str | Path | None = None, overrides: Sequence[st
     except OmegaConfBaseException as error:
         raise UserError(f"{path or 'the configuration'}: {_first_line(error)}.") from None
     for key, value in flat(to_dict(loaded)):
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise UserError(f"{path or 'the configuration'}: {key}={number} is not a finite number.")
+        _check_value(value, f"{path or 'the configuration'}: {key}")
     return loaded
 
 
@@ -102,17 +105,37 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
+@lru_cache
+def _defaults(schema: type) -> Any:
+    return OmegaConf.structured(schema)  # takes as long as all the rest; merging copies it
+
+
+def _check_value(value: Any, where: str) -> None:
+    """Refuse what no knob means, and what arrays, files and terminals would choke on later."""
+    if isinstance(value, list):
+        for inner in value:
+            _check_value(inner, where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}={value} is not a finite number.")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UserError(f"{where} is out of range: accepted are whole numbers of 64 bits, {-(2**63)} to {2**63 - 1}.")
+    elif isinstance(value, str) and holds_control(
+        value.replace("\n", "")
+    ):  # a profile's lines of shell may be one text
+        raise UserError(f"{where}={value!r} holds a control character; remove it.")
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = plainyaml.read(path)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
         raise UserError(f"no such config file: {path}.{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read config file {path}: {error}.") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not YAML of plain values: {error}.") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -123,14 +146,27 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _merge(schema: type, base: Any, extra: dict[str, Any], where: str) -> Any:
     _check_keys(schema, extra, "", where)
     try:
-        for leaf in _leaves(extra):  # one by one, so that an error without a key can be given one
-            extra = leaf
-            base = OmegaConf.merge(base, _attributes(schema, leaf))
-        return base
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        extra = _literal(extra)
+        try:
+            return OmegaConf.merge(base, _attributes(schema, extra))
+        except MERGE_ERRORS:
+            for leaf in _leaves(extra):  # one by one, so that an error without a key can be given one
+                extra = leaf
+                base = OmegaConf.merge(base, _attributes(schema, leaf))
+            raise
+    except MERGE_ERRORS as error:
         full = getattr(error, "full_key", None)
         key = ".".join(map(_key, full.split("."))) if full else _key_of(extra)
         raise UserError(f"{where}: {key}: {_first_line(error)}.") from None
+
+
+def _literal(value: Any) -> Any:
+    """Texts mean what they say: OmegaConf would put other keys and environment variables in place of ``${...}``."""
+    if isinstance(value, dict):
+        return {key: _literal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_literal(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _check_keys(schema: type, extra: dict[str, Any], prefix: str, where: str) -> None:
@@ -152,12 +188,16 @@ def _check_keys(schema: type, extra: dict[str, Any], prefix: str, where: str) ->
                 raise UserError(f"{where}: {full} is a section, not a value; accepted in it: {inside}.")
             _check_keys(inner, value, f"{full}.", where)
         elif _is_text(schema, key) and not isinstance(value, str | None):
-            raise UserError(f"{where}: YAML reads {full} as {value!r}; put the text in quotes.")
+            raise UserError(f"{where}: YAML reads {full} as {_shown(value)}; put the text in quotes.")
+        elif isinstance(value, str) and "${" in value and not _is_text(schema, key):
+            raise UserError(f"{where}: {full} is {value!r}; nothing is put in place of ${{...}}: write the value out.")
+        elif inner in TEXTS and isinstance(value, list) and not all(isinstance(text, str) for text in value):
+            raise UserError(f"{where}: {full} is a list of texts; YAML reads {_shown(value)}. Put each text in quotes.")
 
 
 def _leaves(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from ({key: leaf} for leaf in _leaves(value))
         else:
             yield {key: value}
@@ -181,7 +221,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{key}.")
         else:
-            yield prefix + key, value
+            yield f"{prefix}{key}", value
 
 
 def _is_text(schema: type, key: str) -> bool:
@@ -195,7 +235,7 @@ def _is_text(schema: type, key: str) -> bool:
 
 def _key_of(leaf: dict[str, Any]) -> str:
     key, value = next(iter(leaf.items()))
-    return f"{key}.{_key_of(value)}" if isinstance(value, dict) else key
+    return f"{key}.{_key_of(value)}" if isinstance(value, dict) and value else key
 
 
 def _all_keys(schema: type, prefix: str) -> list[str]:
@@ -207,5 +247,12 @@ def _all_keys(schema: type, prefix: str) -> list[str]:
     return keys
 
 
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python writes out no numbers of thousands of digits
+        return type(value).__name__
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".")
+    return (str(error).splitlines() or [repr(error)])[0].rstrip(".")

@@ -20,6 +20,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 GROUP_DIGITS = 15
 """Leading hex digits of a group pseudonym that make its number: 60 bits, so that it fits an int64."""
 HEXADECIMAL = re.compile("[0-9a-f]+")
+MOST_PIXELS = 89_478_485
+"""Of an image; shards.pack writes none with more, and Pillow would decode twice as many, 700 MB."""
 BLOCK = 512
 PLAIN_FILE = (b"0", b"\0")
 
@@ -109,10 +111,14 @@ def _header(block: bytes) -> tuple[str, int]:
 def _decode(encoded: bytes, least_side: int | None) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG"))
+        if image.width * image.height > MOST_PIXELS:
+            raise Fault("undecodable", f"it has {image.width} x {image.height} pixels; accepted are {MOST_PIXELS}")
         if least_side is not None and image.format == "JPEG":
             scale = least_side / min(image.size)
             image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
         image.load()
+    except Fault:
+        raise
     except UnidentifiedImageError:
         raise Fault("undecodable", "its image is not a JPEG or PNG") from None
     # Pillow's decoders answer damaged bytes with many types of error, decompression bombs with one of their own.

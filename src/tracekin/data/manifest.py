@@ -6,17 +6,23 @@
 import difflib
 import hashlib
 import json
+import os
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from tracekin.config import UserError
+from tracekin.config import UserError, holds_control
 from tracekin.data.remote import is_remote, read_text
 from tracekin.files import write_text
 
 FORMAT = 2
 SPLITS = ("train", "val", "test")
+TASKS = ("multiclass", "multilabel", "unlabelled")
+LONGEST_NAME = 100
+"""Characters of a set's name: files of evaluations are called after it."""
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,8 @@ def read_manifest(path: str | Path, complete: bool = True) -> Manifest:
         folder, text = where.rpartition("/")[0], read_text(where)
     else:
         local = Path(path)
-        where = str(local / "manifest.json" if local.is_dir() else local)
-        folder, text = str(Path(where).parent), _local_text(Path(where))
+        local = local / "manifest.json" if os.path.isdir(local) else local
+        where, folder, text = str(local), str(local.parent), _local_text(local)
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, nested too deeply
@@ -132,6 +138,11 @@ def write_manifest(manifest: Manifest) -> Path:
     return path
 
 
+def is_name(value: object) -> bool:
+    """Whether a value can be a set's name."""
+    return _is_text(value) and len(str(value)) <= LONGEST_NAME
+
+
 def _local_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -143,7 +154,7 @@ def _local_text(path: Path) -> str:
             else " Make one with: python -m shards.pack SOURCE --recipe NAME --out DIR"
         )
         raise UserError(f"no manifest at {path}.{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a NUL in the path
         raise UserError(f"cannot read the manifest {path}: {error}. Pack the dataset again.") from None
 
 
@@ -166,15 +177,23 @@ def _parsed(content: dict[str, Any], folder: str, where: str) -> Manifest:
 def _check_facts(manifest: Manifest) -> None:
     if unknown := manifest.splits.keys() - set(SPLITS):
         raise ValueError(f"its splits {sorted(unknown)} are none of {', '.join(SPLITS)}")
-    if not all(isinstance(text, str) for text in (manifest.name, manifest.recipe, manifest.task)):
-        raise ValueError("its name, recipe or task is no text")
-    if not isinstance(manifest.classes, list) or not all(isinstance(name, str) for name in manifest.classes):
+    if not all(is_name(text) for text in (manifest.name, manifest.recipe)):
+        raise ValueError(f"its name or recipe is no text of at most {LONGEST_NAME} characters that print")
+    if manifest.task not in TASKS:
+        raise ValueError(f"its task is none of {', '.join(TASKS)}")
+    if not isinstance(manifest.classes, list) or not all(_is_text(name) for name in manifest.classes):
         raise ValueError("its classes are no list of names")
+    if not isinstance(manifest.leaks, dict) or not all(type(count) is int for count in manifest.leaks.values()):
+        raise ValueError("its leaks are no whole numbers by kind")
     if not isinstance(manifest.mean, list) or not isinstance(manifest.std, list):
         raise ValueError("its mean or std is no list")
     numbers = [*manifest.mean, *manifest.std]
     if len(numbers) not in (2, 6) or not all(type(x) in (int, float) and 0 <= x <= 1 for x in numbers):
         raise ValueError("its mean and std are not one or three numbers of 0 to 1 each")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and not holds_control(value)
 
 
 def _check_shard(shard: Shard) -> None:
@@ -183,8 +202,10 @@ def _check_shard(shard: Shard) -> None:
         raise ValueError(f"the shard's name {shard.file!r} is no relative path inside its folder")
     if not shard.file.isprintable():
         raise ValueError(f"the shard's name {shard.file!r} has characters that do not print")
-    if type(shard.bytes) is not int or not isinstance(shard.sha256, str):
-        raise ValueError(f"bytes of {shard.file} is no whole number, or its sha256 no text")
+    if type(shard.bytes) is not int or not isinstance(shard.sha256, str) or not _SHA256.fullmatch(shard.sha256):
+        raise ValueError(f"bytes of {shard.file} is no whole number, or its sha256 not 64 hexadecimal digits")
+    if not isinstance(shard.samples, list):
+        raise ValueError(f"the samples of {shard.file} are no list")
     for offset, length, checksum in shard.samples:
         if not type(offset) is type(length) is type(checksum) is int:
             raise ValueError(f"{shard.file} has a sample whose place is not given by whole numbers")

@@ -1,5 +1,6 @@
 """What can be known to be wrong before anything heavy starts."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ def check_run(config: Config, manifest: Manifest, world: World, *, allow_change:
     Raises:
         UserError: fewer samples than a global batch, too many shards missing, a cache too small for remote shards,
             ranks or streams that do not divide the batch, a batch too small for batch norm, a policy that needs labels
-            on a set without, a pool that is too small, weights to start from that are not there, or a run folder of
-            another config.
+            on a set without, a pool that is too small, weights to start from that are not there, a run folder of
+            another config or one that cannot be made.
     """
     batch = config.train.global_batch
     if batch < 2:
@@ -41,6 +42,7 @@ def check_run(config: Config, manifest: Manifest, world: World, *, allow_change:
     _check_data(config, manifest, world)
     _check_init(config)
     _check_mining(config, manifest, world)
+    _check_folder(config.run_folder)
     path = config.run_folder / "config.yaml"
     if path.exists() and not allow_change:
         check_same(config, to_dict(load(Config, path)), str(path.parent))
@@ -120,6 +122,22 @@ def _check_mining(config: Config, manifest: Manifest, world: World) -> None:
         raise UserError(
             f"mining.policy={mining.policy} sums over the last {mining.checkpoints} checkpoints, which a run that"
             f" continues must find: set train.keep_checkpoints to {mining.checkpoints} or more."
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    """The run folder is there or can be made, as far as that can be told without making it."""
+    try:
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        sound = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise UserError(
+            f"the run's folder {folder} cannot be reached ({error.strerror}); give another folder=..."
+        ) from None
+    if not sound:
+        wrong = "may not be written into" if nearest.is_dir() else "is a file"
+        raise UserError(
+            f"the run's folder {folder} cannot be made: {nearest} {wrong}; give another folder=... or name=..."
         )
 
 
