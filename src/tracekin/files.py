@@ -1,7 +1,15 @@
 """Files that appear whole or not at all."""
 
+import errno
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+PATIENCE = (1.0, 2.0, 4.0, 8.0)
+"""Seconds between the attempts to write: a store that is away for a moment costs nothing."""
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
@@ -26,6 +34,41 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def patiently(action: Callable[[], T]) -> T:
+    """Do what may fail for a moment, as a store that is away does: again after each wait of PATIENCE.
+
+    Raises:
+        OSError: of the last attempt.
+    """
+    for wait in PATIENCE:
+        try:
+            return action()
+        except OSError:
+            time.sleep(wait)
+    return action()
+
+
+def append(path: Path, line: str) -> None:
+    """Add a line to a file, whole or not at all, patiently.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = f"{line}\n".encode()
+
+    def write() -> None:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            end = os.fstat(descriptor).st_size
+            if os.write(descriptor, content) < len(content):  # the disk is full
+                os.ftruncate(descriptor, end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        finally:
+            os.close(descriptor)
+
+    patiently(write)
 
 
 def flush(path: Path) -> None:
