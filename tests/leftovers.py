@@ -51,7 +51,8 @@ def left_behind(before: Present, patience: float = 8.0) -> list[str]:
     while True:
         now = present()
         left = [f"{pid}: {command}" for pid, command in now.processes.items() if pid not in before.processes]
-        left += [f"/dev/shm/{name}" for name in sorted(now.memory - before.memory)]
+        memory = {f"/dev/shm/{name}" for name in now.memory - before.memory}
+        left += sorted(memory - _mapped_by_others(now) if memory else memory)
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(0.05)
@@ -70,3 +71,13 @@ def children(of: int | None = None) -> dict[int, str]:
     while new := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= new
     return {pid: commands[pid] for pid in sorted(found - {of or os.getpid()})}
+
+
+def _mapped_by_others(now: Present) -> set[str]:
+    """Shared memory that living processes hold which are no descendants: another user of this machine made it."""
+    found = set[str]()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        if int(maps.parent.name) not in now.processes:
+            with suppress(OSError):
+                found |= {line.split()[-1] for line in maps.read_text().splitlines() if "/dev/shm/" in line}
+    return found
