@@ -13,7 +13,7 @@ ALLOWED = {
     "config": set(),
     "files": set(),
     "distributed": {"config"},
-    "monitor": {"config", "distributed"},
+    "monitor": {"config", "distributed", "files"},
     "checkpoint": {"config", "files"},
     "data": {"config", "files"},
     "influence": {"config"},

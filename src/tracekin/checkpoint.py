@@ -28,12 +28,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tracekin.config import UserError
-from tracekin.files import flush, write_text
+from tracekin.files import PATIENCE, flush, write_text
 
 PARTS = ("model", "optimiser", "queue", "ranks")
 CHECKSUMS = "checksums.json"
-PATIENCE = (1.0, 2.0, 4.0, 8.0)
-"""Seconds between the attempts to write a checkpoint: a store that is away for a moment costs nothing."""
 
 
 class Keep(NamedTuple):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tracekin.config import MonitorConfig, UserError
+from tracekin.files import append, write_text
 
 MARGIN = 3.0
 """Seconds beyond those of the config that the W&B client gets at a start and an end before it is waited for no more."""
@@ -27,21 +28,28 @@ class JsonLines:
     """Appends one JSON object a line; opening drops lines of steps after ``last_step``, which a resumed run repeats."""
 
     def __init__(self, path: Path, last_step: int) -> None:
+        self.path = path
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= last_step]
-            temporary = path.with_suffix(".partial")
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            temporary.replace(path)
-        self.file = path.open("a", encoding="utf-8")
+            write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= last_step))
 
     def write(self, record: dict[str, Any]) -> None:
+        """Append a line; what is no finite number becomes null.
+
+        Raises:
+            UserError: it could not be written, after some patience.
+        """
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.file.write(json.dumps(finite) + "\n")
-        self.file.flush()
+        try:
+            append(self.path, json.dumps(finite))
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}. Make room or mend the folder; the same command again goes"
+                " on from the last checkpoint."
+            ) from None
 
     def close(self) -> None:
-        self.file.close()
+        """Each line is written whole, and nothing is held open."""
 
 
 class WeightsAndBiases:

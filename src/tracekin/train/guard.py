@@ -65,7 +65,6 @@ class Refusals:
             log = JsonLines(folder / "nonfinite.jsonl", step)  # without steps that were rolled back
             for rank, part in enumerate(everyones):
                 log.write({"step": step + 1, "rank": rank, **part})
-            log.close()
             losses = ", ".join(part["loss"] for part in everyones)
             print(f"step {step + 1}: the loss is {losses}; skipped, see {folder}/nonfinite.jsonl", flush=True)
         if self.in_row >= self.config.guard.nonfinite:

@@ -1,7 +1,6 @@
 """Images that could not be read: counted over all ranks, logged with their keys, and too many of them end the run."""
 
 from collections import Counter
-from contextlib import closing
 from pathlib import Path
 
 from tracekin.config import UserError
@@ -33,9 +32,9 @@ class Skips:
         self.fresh = []
         self.in_epoch.update(skipped.number for skipped in fresh)  # one that wraps comes twice
         if fresh and folder is not None:
-            with closing(JsonLines(folder / "skipped.jsonl", step - 1)) as log:  # without steps that were rolled back
-                for skipped in fresh:
-                    log.write({"step": step, **skipped._asdict()})
+            log = JsonLines(folder / "skipped.jsonl", step - 1)  # without steps that were rolled back
+            for skipped in fresh:
+                log.write({"step": step, **skipped._asdict()})
             reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(s.reason for s in fresh).most_common())
             print(f"step {step}: {len(fresh)} unreadable images replaced ({reasons}); see {folder}/skipped.jsonl")
         if len(self.in_epoch) > self.most * self.count:

@@ -15,7 +15,7 @@ from typing import Any
 from tracekin.config import UserError
 from tracekin.distributed.collectives import lost_a_rank
 from tracekin.distributed.world import World, this_start
-from tracekin.files import write_text
+from tracekin.files import append, write_text
 
 
 class FencedError(RuntimeError):
@@ -84,8 +84,7 @@ class Start:
         self.check()
         now = datetime.now(UTC).isoformat(timespec="seconds")
         line = {"event": event, "job": self.job, "restart": self.restart, "time": now, **facts}
-        with (self.folder / "starts.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append(self.folder / "starts.jsonl", json.dumps(line))
 
     def stalled(self, cause: str) -> None:
         """Log that the watchdog ends this start; once, where ranks that cannot ask each other all say so.
