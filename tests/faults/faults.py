@@ -7,18 +7,22 @@ import random
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.faults.ranks import Ranks
 from tests.faults.trial import INTERVAL, Lab, Result, last_step
+from tests.launch.wandb_server import environment_of, unreachable, wandb_server
 
 TRY_AGAIN, INTERRUPTED = 75, 130
 KILLED = -9
 LOST = {KILLED, TRY_AGAIN}
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 
 
 class Fault(NamedTuple):
@@ -193,6 +197,61 @@ def flipped_weight(lab: Lab, chance: random.Random) -> Result:
     return lab.attempt(2, lambda ranks, run: None, codes={TRY_AGAIN}, harm=harm)
 
 
+def jumping_clock(lab: Lab, chance: random.Random) -> Result:
+    """The ranks' clocks jump by days, forwards and back; nothing may notice."""
+    return lab.attempt(2, lambda ranks, run: None, codes={0}, command=True, environment=_faked(lab))
+
+
+def jumping_clock_and_a_stall(lab: Lab, chance: random.Random) -> Result:
+    """What must be noticed still is: all ranks are killed in the middle of a run whose clock jumps."""
+
+    def harm(ranks: Ranks, run: Path) -> None:
+        _wait_until(ranks, lambda: last_step(run) >= 9)
+        ranks.kill()
+
+    return lab.attempt(2, harm, codes={KILLED}, command=True, environment=_faked(lab))
+
+
+def wandb_away(lab: Lab, chance: random.Random, *, how: str) -> Result:
+    """An online run whose server refuses, takes connections and never answers, is slow, or goes away."""
+    online = ("monitor.wandb=online", "monitor.init_seconds=3", "monitor.finish_seconds=2")
+    with ExitStack() as stack:
+        if how in ("refuses", "never answers"):
+            url = stack.enter_context(unreachable(listening=how == "never answers"))
+        else:
+            server = stack.enter_context(wandb_server(delay=2.0 if how == "is slow" else 0.0))
+            url = server.url
+
+        def harm(ranks: Ranks, run: Path) -> None:
+            if how == "goes away":
+                _wait_until(ranks, lambda: last_step(run) >= 9)
+                server.answering.clear()
+
+        environment = environment_of(url)
+        return lab.attempt(2, harm, codes={0}, overrides=online, environment=environment)
+
+
+def _faked(lab: Lab) -> dict[str, str]:
+    """Variables that put libfaketime under a process, and a thread that lets its clock jump four times a second."""
+    stamp = lab.folder / "faketime"
+    stamp.write_text("+0")
+
+    def jump() -> None:
+        for n in range(400):
+            temporary = stamp.with_suffix(".new")
+            temporary.write_text(("+3d", "-2d", "+0", "+400d")[n % 4])
+            temporary.replace(stamp)
+            time.sleep(0.25)
+
+    threading.Thread(target=jump, daemon=True).start()
+    return {
+        "LD_PRELOAD": str(FAKETIME),
+        "FAKETIME_TIMESTAMP_FILE": str(stamp),
+        "FAKETIME_NO_CACHE": "1",
+        "DONT_FAKE_MONOTONIC": "1",  # no machine's jumps: gloo and the system count on it
+    }
+
+
 def _moment(lab: Lab, world: int, chance: random.Random) -> float:
     """Seconds into a start, its first imports and the first steps of all included."""
     lab.unbroken(world)
@@ -287,11 +346,21 @@ FAULTS = [
     Fault("disk made read-only", read_only_disk, 2),
     Fault("rank asleep for ever in a collective", partial(asleep_for_ever, stopped=False), 3, 1),
     Fault("rank stopped (SIGSTOP)", partial(asleep_for_ever, stopped=True), 2),
+    Fault("clock that jumps", jumping_clock, 1),
+    Fault("SIGKILL of all ranks, clock jumps", jumping_clock_and_a_stall, 1),
+    Fault("W&B refuses", partial(wandb_away, how="refuses"), 1),
+    Fault("W&B never answers", partial(wandb_away, how="never answers"), 1),
+    Fault("W&B is slow", partial(wandb_away, how="is slow"), 1),
+    Fault("W&B goes away", partial(wandb_away, how="goes away"), 1),
     Fault("loss that is no number, three steps", not_a_number, 3, 1),
     Fault("flipped bit in a rank's weight", flipped_weight, 3),
 ]
-NEEDS_ROOT = {"full disk during a save", "disk made read-only"}
 
 
-def can_mount() -> bool:
-    return os.geteuid() == 0 and shutil.which("mount") is not None
+def lacking(fault: Fault) -> str:
+    """What this machine lacks for a fault; empty for nothing."""
+    if fault.attempt in (full_disk, read_only_disk) and (os.geteuid() or not shutil.which("mount")):
+        return "root, to mount a small file system"
+    if fault.attempt in (jumping_clock, jumping_clock_and_a_stall) and FAKETIME is None:
+        return "libfaketime (Debian, Ubuntu: apt-get install faketime)"
+    return ""

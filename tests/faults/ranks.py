@@ -8,14 +8,17 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tests.ranks import PRELOAD
 
+ROOT = Path(__file__).parents[2]
 SERVER = multiprocessing.get_context("forkserver")
 PATIENCE = 120.0
 """Seconds after which a start that has not ended is a failure: nothing may hang."""
@@ -32,6 +35,7 @@ class Ranks:
         *,
         harm: Callable[[int], None] | None = None,
         environment: dict[str, str] | None = None,
+        command: bool = False,
     ) -> None:
         """Start the ranks.
 
@@ -41,6 +45,7 @@ class Ranks:
             log: file to which what the ranks say is appended.
             harm: called with the rank, in each of them, before the command; picklable.
             environment: further variables.
+            command: start each rank anew, without the server, because ``environment`` is for the dynamic linker.
         """
         SERVER.set_forkserver_preload([*PRELOAD, "wandb"])
         env = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), **(environment or {})}
@@ -48,7 +53,8 @@ class Ranks:
         self.processes: list[Any] = []
         for rank in range(world_size):
             own = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = SERVER.Process(target=_rank, args=(rank, own, list(arguments), str(log), harm))
+            job = (rank, own, list(arguments), str(log), harm)
+            process = _Command(*job[:4]) if command else SERVER.Process(target=_rank, args=job)
             process.start()
             self.processes.append(process)
 
@@ -84,6 +90,29 @@ class Ranks:
                 return found
             time.sleep(0.1)
         return []
+
+
+class _Command:
+    """A rank as a process that a shell would start, with what Ranks asks of a multiprocessing.Process."""
+
+    def __init__(self, rank: int, environment: dict[str, str], arguments: list[str], log: str) -> None:
+        self.words = [sys.executable, "-m", "tests.faults.ranks", str(rank), log, *arguments]
+        self.environment = os.environ | environment
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self.words, env=self.environment, cwd=ROOT)
+        self.pid = self.process.pid
+
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def join(self, timeout: float | None = None) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout)
+
+    @property
+    def exitcode(self) -> int | None:
+        return self.process.poll()
 
 
 def _rank(
@@ -128,3 +157,7 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+if __name__ == "__main__":
+    _rank(int(sys.argv[1]), {}, sys.argv[3:], sys.argv[2], None)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from tests.faults.faults import FAULTS, NEEDS_ROOT, Fault, can_mount
+from tests.faults.faults import FAULTS, Fault, lacking
 from tests.faults.trial import RESULTS, Lab
 
 
@@ -19,8 +19,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_a_fault_is_survived(lab: Lab, fault: Fault, number: int) -> None:
-    if fault.name in NEEDS_ROOT and not can_mount():
-        pytest.skip("needs root, to mount a small file system")
+    if lack := lacking(fault):
+        pytest.skip(f"{fault.name} needs {lack}")
     result = fault.attempt(lab, random.Random(f"{fault.name}-{number}"))
     if result.lost > fault.most_lost:
         result.wrong.append(f"{result.lost} steps lost, more than {fault.most_lost}")

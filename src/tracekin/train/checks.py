@@ -11,8 +11,7 @@ from tracekin.data.remote import is_remote
 from tracekin.distributed.world import World
 
 # Keys that a run may change when it continues: they do not alter what is computed.
-# The manifest may move: that it names the same shards is checked by their checksums.
-FREE_KEYS = {"name", "folder", "data.manifest", "mining.chunk", "mining.ring_above"}
+FREE_KEYS = {"name", "folder", "mining.chunk", "mining.ring_above"}
 FREE_KEYS |= {f"data.{key}" for key in ("workers", "max_bad_fraction", "cache", "cache_gb", "read_ahead", "augment_on")}
 FREE_KEYS |= {f"train.{key}" for key in ("log_every", "save_every", "keep_checkpoints", "keep_every", "threads")}
 FREE_KEYS |= {"train.zero_stage", "train.stop_seconds"}
@@ -147,7 +146,9 @@ def changes(config: Config, old: dict[str, Any]) -> list[str]:
     return [
         f"{key} {before[key]} -> {value}"
         for key, value in flat(to_dict(config))
-        if before.get(key, value) != value and key not in FREE_KEYS and not key.startswith(FREE_SECTIONS)
+        if before.get(key, value) != value
+        and key not in FREE_KEYS | {"data.manifest"}  # it may move: checksums tell whether the shards are the same
+        and not key.startswith(FREE_SECTIONS)
     ]
 
 
