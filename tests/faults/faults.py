@@ -7,11 +7,11 @@ import random
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,14 +106,11 @@ def full_disk(lab: Lab, chance: random.Random) -> Result:
     ballast = disk / "ballast"
 
     def fill(ranks: Ranks, run: Path) -> None:
-        _wait_until(ranks, lambda: last_step(run) >= chance.randrange(5, 15))
-        with ballast.open("wb") as file:
-            try:
-                while True:
-                    file.write(bytes(1 << 12))
-                    file.flush()
-            except OSError:
-                pass
+        after = chance.randrange(5, 15)
+        _wait_until(ranks, lambda: last_step(run) >= after)
+        with suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 12))
 
     try:
         return lab.attempt(2, fill, codes={2, TRY_AGAIN}, run=disk / "run", between=lambda run: ballast.unlink())
@@ -197,19 +194,27 @@ def flipped_weight(lab: Lab, chance: random.Random) -> Result:
     return lab.attempt(2, lambda ranks, run: None, codes={TRY_AGAIN}, harm=harm)
 
 
-def jumping_clock(lab: Lab, chance: random.Random) -> Result:
-    """The ranks' clocks jump by days, forwards and back; nothing may notice."""
-    return lab.attempt(2, lambda ranks, run: None, codes={0}, command=True, environment=_faked(lab))
-
-
-def jumping_clock_and_a_stall(lab: Lab, chance: random.Random) -> Result:
-    """What must be noticed still is: all ranks are killed in the middle of a run whose clock jumps."""
+def jumping_clock(lab: Lab, chance: random.Random, *, killed: bool) -> Result:
+    """The ranks' clocks jump by days, forwards and back, and nothing notices; ``killed``: but a SIGKILL of all."""
+    stamp = lab.folder / "faketime"
+    stamp.write_text("+0")
 
     def harm(ranks: Ranks, run: Path) -> None:
-        _wait_until(ranks, lambda: last_step(run) >= 9)
-        ranks.kill()
+        _wait_until(ranks, lambda: last_step(run) >= 2)  # before it ninja compares the times of files
+        for jump in cycle(("+3d", "-2d", "+0", "+400d")):
+            temporary = stamp.with_suffix(".new")
+            temporary.write_text(jump)
+            temporary.replace(stamp)
+            time.sleep(0.1)
+            if killed and last_step(run) >= 9:
+                ranks.kill()
+            if not ranks.alive():
+                return
 
-    return lab.attempt(2, harm, codes={KILLED}, command=True, environment=_faked(lab))
+    # No machine's monotonic clock jumps: gloo and the system count on it.
+    environment = {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(stamp), "FAKETIME_NO_CACHE": "1"}
+    environment |= {"DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}
+    return lab.attempt(2, harm, codes={KILLED} if killed else {0}, command=True, environment=environment)
 
 
 def wandb_away(lab: Lab, chance: random.Random, *, how: str) -> Result:
@@ -229,27 +234,6 @@ def wandb_away(lab: Lab, chance: random.Random, *, how: str) -> Result:
 
         environment = environment_of(url)
         return lab.attempt(2, harm, codes={0}, overrides=online, environment=environment)
-
-
-def _faked(lab: Lab) -> dict[str, str]:
-    """Variables that put libfaketime under a process, and a thread that lets its clock jump four times a second."""
-    stamp = lab.folder / "faketime"
-    stamp.write_text("+0")
-
-    def jump() -> None:
-        for n in range(400):
-            temporary = stamp.with_suffix(".new")
-            temporary.write_text(("+3d", "-2d", "+0", "+400d")[n % 4])
-            temporary.replace(stamp)
-            time.sleep(0.25)
-
-    threading.Thread(target=jump, daemon=True).start()
-    return {
-        "LD_PRELOAD": str(FAKETIME),
-        "FAKETIME_TIMESTAMP_FILE": str(stamp),
-        "FAKETIME_NO_CACHE": "1",
-        "DONT_FAKE_MONOTONIC": "1",  # no machine's jumps: gloo and the system count on it
-    }
 
 
 def _moment(lab: Lab, world: int, chance: random.Random) -> float:
@@ -346,8 +330,8 @@ FAULTS = [
     Fault("disk made read-only", read_only_disk, 2),
     Fault("rank asleep for ever in a collective", partial(asleep_for_ever, stopped=False), 3, 1),
     Fault("rank stopped (SIGSTOP)", partial(asleep_for_ever, stopped=True), 2),
-    Fault("clock that jumps", jumping_clock, 1),
-    Fault("SIGKILL of all ranks, clock jumps", jumping_clock_and_a_stall, 1),
+    Fault("clock that jumps", partial(jumping_clock, killed=False), 1),
+    Fault("SIGKILL of all ranks, clock jumps", partial(jumping_clock, killed=True), 1),
     Fault("W&B refuses", partial(wandb_away, how="refuses"), 1),
     Fault("W&B never answers", partial(wandb_away, how="never answers"), 1),
     Fault("W&B is slow", partial(wandb_away, how="is slow"), 1),
@@ -361,6 +345,6 @@ def lacking(fault: Fault) -> str:
     """What this machine lacks for a fault; empty for nothing."""
     if fault.attempt in (full_disk, read_only_disk) and (os.geteuid() or not shutil.which("mount")):
         return "root, to mount a small file system"
-    if fault.attempt in (jumping_clock, jumping_clock_and_a_stall) and FAKETIME is None:
+    if "clock" in fault.name and FAKETIME is None:
         return "libfaketime (Debian, Ubuntu: apt-get install faketime)"
     return ""

@@ -95,7 +95,7 @@ class Lab:
         ranks = Ranks(world_size, self.arguments(run, *overrides), log, **start)
         break_it(ranks, run)
         found = ranks.wait()
-        result = Result(last_step(run), 0, found)
+        result, said = Result(last_step(run), 0, found), log.read_text()
         if not set(found) <= codes:
             result.wrong.append(f"exit codes {found}")
         if left := ranks.left_behind():
@@ -111,7 +111,7 @@ class Lab:
             result.lost = max(0, result.done - resumed_from(run))
         result.wrong += differences(whole, run)
         if result.wrong:
-            result.wrong.append(log.read_text()[-3000:])
+            result.wrong += [said[-3000:], log.read_text()[len(said) :][-3000:]]
         return result
 
 
