@@ -1,8 +1,6 @@
 """A pretraining run: what surrounds the step. One entry under python, torchrun and srun."""
 
 import json
-import os
-import platform
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,10 +10,10 @@ from torch import Tensor
 
 from tracekin import checkpoint
 from tracekin.checkpoint import Keep
-from tracekin.config import Config, shareable, to_dict, to_yaml
+from tracekin.config import Config, to_dict
 from tracekin.data.batch import Batch
 from tracekin.data.manifest import Manifest, read_manifest
-from tracekin.data.order import left_over, num_steps_per_epoch, shuffle_of
+from tracekin.data.order import num_steps_per_epoch, shuffle_of
 from tracekin.data.stream import pretrain_batches
 from tracekin.distributed import collectives
 from tracekin.distributed.group import process_group
@@ -26,16 +24,16 @@ from tracekin.model.byol import Online, Target, tau_at
 from tracekin.model.initial import sentence, start_from
 from tracekin.monitor.environment import environment
 from tracekin.monitor.metrics import Clock, Meter
-from tracekin.monitor.progress import Progress
-from tracekin.monitor.sinks import open_sinks
 from tracekin.train.agreement import Agreement, Verdict
 from tracekin.train.checks import check_run
+from tracekin.train.device import claim_device
 from tracekin.train.engine import build_engine, preflight, set_lr
 from tracekin.train.guard import Collapse, Fingerprint, Refusals, is_finite, samples_digest
 from tracekin.train.miner import Miner
 from tracekin.train.optimiser import peak_lr
 from tracekin.train.preemption import Flag, signals_raise_a_flag
 from tracekin.train.record import gallery_pairs, line, measure
+from tracekin.train.reporter import Reporter
 from tracekin.train.saver import Saver
 from tracekin.train.schedule import lr_at
 from tracekin.train.skips import Skips
@@ -75,7 +73,7 @@ def pretrain(config: Config, *, allow_change: bool = False) -> Outcome:
     world = world_from_environment()
     manifest = read_manifest(config.data.manifest, complete=False)
     check_run(config, manifest, world, allow_change=allow_change)
-    device = _claim_device(config, world)
+    device = claim_device(config.train, world)
     preflight(device)
     start = Start(config.run_folder, world)
     watchdog = Watchdog(world, config.guard.stall_seconds, start.stalled)
@@ -105,6 +103,8 @@ class _Run:
         self.config, self.manifest, self.world, self.device = config, manifest, world, device
         self.start, self.flag, self.watchdog = start, flag, watchdog
         self.folder = config.run_folder
+        self.reporter = Reporter(config, manifest, world, start)
+        self.say = self.reporter.say
         self.shuffle = shuffle_of(config.data, config.seed, config.train.global_batch)
         self.steps_per_epoch = num_steps_per_epoch(manifest.count("train"), self.shuffle)
         self.num_steps = config.train.epochs * self.steps_per_epoch
@@ -113,13 +113,13 @@ class _Run:
         self.initial = None
         if config.init.from_ is not None and not checkpoint.complete(self.folder):
             self.initial = start_from(online.backbone, config.init.from_)
-            self._say(f"{self.folder}: {sentence(self.initial)}")
+            self.say(f"{self.folder}: {sentence(self.initial)}")
         self.target = Target(online)
         self.step = 0
         self.skips = Skips(manifest.count("train"), config.data.max_bad_fraction)
         if world.is_main:
             start.take()  # before looking for a checkpoint: an older start adds none from here on
-        found, state = find_checkpoint(config, manifest, allow_change=allow_change, say=self._say)
+        found, state = find_checkpoint(config, manifest, allow_change=allow_change, say=self.say)
         if found is not None:
             self.step = int(state["step"])
             self.initial = state["environment"].get("init")
@@ -145,30 +145,27 @@ class _Run:
 
     def train(self) -> Outcome:
         if self.step >= self.num_steps:
-            self._say(f"{self.folder} is finished: {self.step} of {self.num_steps} steps. Nothing to do.")
+            self.say(f"{self.folder} is finished: {self.step} of {self.num_steps} steps. Nothing to do.")
             return Outcome("", self.step)
-        self._say(self._headline())
-        sinks = self._open_folder()
-        progress = Progress(self.num_steps, self.step) if self.world.is_main else None
+        self.reporter.open(self.step, self.num_steps, self.facts, self.device.type)
         began = time.perf_counter()
         try:
-            stop = self._loop(sinks, progress)
+            stop = self._loop()
         finally:
             self.saver.wait()  # a checkpoint under way is finished, whatever else has gone wrong
             self.watchdog.beat(self.step, "end")
-            for closable in [*sinks, *([progress] if progress else [])]:
-                closable.close()
+            self.reporter.close()
         outcome = {"": "finished", "INT": "interrupted"}.get(stop, "preempted")
         if self.world.is_main:
             self.start.log("end", outcome=outcome, cause=stop, step=self.step)
         seconds = time.perf_counter() - began
         if stop:
-            self._say(f"{self.folder}: {stop} came; saved step {self.step} of {self.num_steps} after {seconds:.0f} s")
+            self.say(f"{self.folder}: {stop} came; saved step {self.step} of {self.num_steps} after {seconds:.0f} s")
         else:
-            self._say(f"{self.folder}: done in {seconds:.0f} s; next: tracekin evaluate {self.folder}")
+            self.say(f"{self.folder}: done in {seconds:.0f} s; next: tracekin evaluate {self.folder}")
         return Outcome(stop, self.step)
 
-    def _loop(self, sinks: list[Any], progress: Progress | None) -> str:
+    def _loop(self) -> str:
         """Train to the end, or to the step at which the ranks agree on a signal; returns its name, or ``""``."""
         config = self.config.train
         steps = range(self.step, self.num_steps)
@@ -178,8 +175,7 @@ class _Run:
         for step in steps:
             schedule, stop = self._one_step(batches, step)
             self.step = step + 1
-            if progress:
-                progress.update()
+            self.reporter.count_step()
             end_of_epoch = self.step % self.steps_per_epoch == 0
             save = end_of_epoch or (config.save_every > 0 and self.step % config.save_every == 0)
             save = save and not self.refusals.in_row  # a checkpoint to go back to lies before what goes wrong
@@ -187,7 +183,7 @@ class _Run:
             if not save and self.step % config.log_every:
                 continue
             record = self._record(schedule, time.perf_counter() - began, self.step - first)
-            self._write(record, sinks, progress)
+            self._write(record)
             if end_of_epoch:
                 self.skips.end_epoch()
             if save:
@@ -278,16 +274,13 @@ class _Run:
             **line(self.meter, self.losses, self.clock.flush(), traffic, steps, seconds, nonfinite),
         }
 
-    def _write(self, record: dict[str, Any], sinks: list[Any], progress: Progress | None) -> None:
-        """Show a line of metrics to everyone who looks at it."""
+    def _write(self, record: dict[str, Any]) -> None:
+        """Write a line of metrics, and look at what it says. Collective."""
         if self.world.is_main:
             self.start.check()
         if record["skipped"]:
             self.skips.flush(self.step, self.folder if self.world.is_main else None)
-        for sink in sinks:
-            sink.write(record)
-        if progress:
-            progress.report(record)
+        self.reporter.write(record)
         self.collapse.look(record)
 
     def _save(self, lr: float, *, end_of_epoch: bool) -> None:
@@ -327,47 +320,7 @@ class _Run:
         needed = step_seconds + save_seconds
         if needed > self.slowest_stop:
             self.slowest_stop = needed
-            self._say(
+            self.say(
                 f"a stop would take {needed:.0f} s (a step {step_seconds:.1f} s, a checkpoint {save_seconds:.1f} s),"
                 f" more than train.stop_seconds={self.config.train.stop_seconds:g}: raise it."
             )
-
-    def _open_folder(self) -> list[Any]:
-        if not self.world.is_main:
-            return []
-        self.start.begin(step=self.step, steps=self.num_steps, ranks=self.world.size, host=platform.node())
-        write_text(self.folder / "config.yaml", to_yaml(self.config))
-        write_text(self.folder / "environment.json", json.dumps(self.facts, indent=1) + "\n")
-        sent = shareable(self.config, self.manifest.name)  # to W&B
-        return open_sinks(self.config.monitor, self.folder, self.config.name, sent, self.step)
-
-    def _headline(self) -> str:
-        config = self.config
-        return (
-            f"{self.folder}: {config.mining.policy} on {self.manifest.name}, {self.manifest.count('train')} train"
-            f" images, {config.model.backbone}, {config.data.image_size} px, batch {config.train.global_batch} over"
-            f" {self.world.size} {self.device.type} rank(s), ZeRO {config.train.zero_stage}, {config.train.precision},"
-            f" {self.num_steps} steps ({self._last_batch()})"
-            f"{f', continuing after step {self.step}' if self.step else ''}"
-        )
-
-    def _last_batch(self) -> str:
-        spare = left_over(self.manifest.count("train"), self.shuffle)
-        return f"{spare} images an epoch left out" if spare >= 0 else f"{-spare} images an epoch seen twice"
-
-    def _say(self, line: str) -> None:
-        if self.world.is_main:
-            print(line, flush=True)
-
-
-def _claim_device(config: Config, world: World) -> torch.device:
-    if torch.cuda.is_available():
-        device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-        precise = "ieee" if config.train.precision == "fp32" else "tf32"
-        torch.backends.cudnn.conv.fp32_precision = precise  # type: ignore[attr-defined]
-        return device
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(config.train.threads or max(1, cores // world.local_size))
-    return torch.device("cpu")
