@@ -1,9 +1,10 @@
-# make demo · make test · make check · make slurm-test · make bench · make gpu · make ham10000 SOURCE=ham10000.zip
+# make demo · make test · make check · make faults · make slurm-test · make bench · make gpu
+# make ham10000 SOURCE=ham10000.zip
 # Every target but `gpu` works in .venv, which it makes itself from requirements.lock: a machine with Python, pip and g++ is enough.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup preflight lock demo ham10000 test slurm-test check bench gpu clean
+.PHONY: help setup preflight lock demo ham10000 test faults slurm-test check bench gpu clean
 
 # Python that makes .venv (3.11 to 3.13), and the one that `make gpu` uses as it is.
 BOOTSTRAP ?= python3
@@ -21,12 +22,12 @@ BIN := $(VENV)/bin
 STAMP := .venv/.installed
 # DeepSpeed's compiled CPU op belongs to this environment: two that share a cache rebuild it for each other.
 export TORCH_EXTENSIONS_DIR ?= $(VENV)/torch_extensions
-lock demo ham10000 test slurm-test check bench data/phantom/manifest.json data/ham10000/manifest.json: export PATH := $(BIN):$(PATH)
+lock demo ham10000 test faults slurm-test check bench data/phantom/manifest.json data/ham10000/manifest.json: export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 PRETRAIN := torchrun --standalone --nproc-per-node $(RANKS) -m tracekin.cli pretrain
 
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
 setup: $(STAMP)
 
@@ -72,6 +73,9 @@ ham10000: $(STAMP) data/ham10000/manifest.json
 test: $(STAMP)
 	python -m pytest --ignore=tests/slurm $(if $(DATA),--data=$(DATA))
 
+faults: $(STAMP)
+	python -m pytest tests/faults --faults --quiet
+
 slurm-test: $(STAMP)
 	python -m pytest tests/slurm --verbose --durations=0
 
@@ -88,6 +92,7 @@ bench: $(STAMP)
 	python -m benchmarks.phantom_fairness
 	python -m benchmarks.augment_throughput
 	python -m benchmarks.shuffle_quality
+	python -m benchmarks.checkpoint_cost
 	$(if $(DATA),python -m benchmarks.pack_throughput $(DATA)/ham10000.zip)
 	$(if $(wildcard data/ham10000),python -m benchmarks.stream_throughput data/ham10000)
 	$(if $(shell command -v slurmctld),python -m benchmarks.launch_times)

@@ -4,11 +4,13 @@
 """
 
 import random
+from pathlib import Path
 
 import pytest
 
 from tests.faults.faults import FAULTS, Fault, lacking
-from tests.faults.trial import RESULTS, Lab
+from tests.faults.trial import RESULTS, Lab, Result
+from tests.train.test_elastic import STEPS, run_pairs
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -26,3 +28,15 @@ def test_a_fault_is_survived(lab: Lab, fault: Fault, number: int) -> None:
         result.wrong.append(f"{result.lost} steps lost, more than {fault.most_lost}")
     RESULTS[fault.name].append(result)
     assert not result.wrong, "\n".join(result.wrong)
+
+
+def test_every_pair_of_worlds(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Nine of them are in tests/train/test_elastic.py."""
+    if not request.config.getoption("--faults"):
+        pytest.skip("81 pairs of runs: make faults")
+    forms = [(ranks, stage) for ranks in (1, 2, 4) for stage in (0, 1, 2)]
+    found = run_pairs(tmp_path, [(first, second) for first in forms for second in forms])
+    for (first, second), wrong in found.items():
+        name = "resumed in the same world" if first == second else "resumed in another world (losses to 1e-4)"
+        RESULTS[name].append(Result(STEPS, 0, [0], [wrong] if wrong else []))
+    assert not any(found.values()), {pair: wrong for pair, wrong in found.items() if wrong}

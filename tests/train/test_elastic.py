@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from tests.data.tiny import make_dataset
 from tests.ranks import run_ranks
 from tests.train.test_run import metrics, stop_after, tiny_config
@@ -81,14 +79,6 @@ def difference(whole: Config, resumed: Config, exact: bool) -> str:
 
 def test_nine_pairs_of_worlds(tmp_path: Path) -> None:
     assert run_pairs(tmp_path, NAMED) == dict.fromkeys(NAMED, "")
-
-
-def test_all_pairs_of_worlds(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--faults"):
-        pytest.skip("81 pairs: make faults")
-    forms = [(ranks, stage) for ranks in (1, 2, 4) for stage in (0, 1, 2)]
-    pairs = [(first, second) for first in forms for second in forms]
-    assert run_pairs(tmp_path, pairs) == dict.fromkeys(pairs, "")
 
 
 def test_a_difference_is_seen(tmp_path: Path) -> None:
