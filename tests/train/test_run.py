@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.data.tiny import make_dataset
-from tests.ranks import run_ranks
+from tests.ranks import RankFailedError, run_ranks
 from tests.train.tiny_run import tiny_backbone
 from tracekin import checkpoint
 from tracekin.config import Config, UserError, load
@@ -272,6 +272,45 @@ def test_other_shards_under_the_same_path_are_refused(tmp_path: Path) -> None:
     make_dataset(tmp_path / "data", train=20, val=0, test=0, seed=1)
     with pytest.raises(Exception, match="other shards"):
         run_ranks(run, 1, config)
+
+
+def run_allowing(rank: int, config: Config) -> None:
+    """One rank of ``tracekin pretrain --allow-config-change``."""
+    from tracekin.train.loop import pretrain
+
+    with tiny_backbone():
+        pretrain(config, allow_change=True)
+
+
+def test_another_config_goes_on_only_if_it_is_allowed_and_fits(finished: Config, tmp_path: Path) -> None:
+    stopped = stop_after(finished, 6, tmp_path)
+    slower = replace(stopped, optimiser=replace(stopped.optimiser, lr=0.2))
+    with pytest.raises(RankFailedError, match=r"optimiser\.lr 0\.3 -> 0\.2.*--allow-config-change"):
+        run_ranks(run, 1, slower)
+    (stopped.run_folder / "config.yaml").unlink()  # the checkpoint knows it too
+    with pytest.raises(RankFailedError, match=r"step-00000006 holds a run of another config .*lr 0\.3 -> 0\.2"):
+        run_ranks(run, 1, slower)
+    wider = replace(stopped, model=replace(stopped.model, projection=24))
+    with pytest.raises(RankFailedError, match=r"model\.\*: \S+ is \[.*16.*\] there and \[.*24.*\] under this"):
+        run_ranks(run_allowing, 1, wider)
+    other = replace(stopped, optimiser=replace(stopped.optimiser, name="adamw"))
+    with pytest.raises(RankFailedError, match=r"state of optimiser\.name=sgd, which adamw cannot"):
+        run_ranks(run_allowing, 1, other)
+    before = metrics(finished)
+
+    run_ranks(run_allowing, 1, slower)
+    lines = metrics(slower)
+    assert [line["step"] for line in lines] == [line["step"] for line in before]
+    assert lines[3]["loss"] == before[3]["loss"]
+    assert lines[-1]["lr"] == pytest.approx(before[-1]["lr"] * 2 / 3)
+    run_ranks(run, 1, slower)  # it is the run's own config now
+
+
+def test_a_set_may_move(finished: Config, tmp_path: Path) -> None:
+    config = stop_after(finished, 9, tmp_path)
+    moved = shutil.copytree(Path(finished.data.manifest).parent, tmp_path / "elsewhere")
+    run_ranks(run, 1, replace(config, data=replace(config.data, manifest=str(moved / "manifest.json"))))
+    assert_same_end(finished, config)
 
 
 def test_golden_losses(finished: Config) -> None:

@@ -151,13 +151,13 @@ class _Run:
         began = time.perf_counter()
         try:
             stop = self._loop()
+            if self.world.is_main:  # before the sinks close, which a kill may not wait for
+                outcome = {"": "finished", "INT": "interrupted"}.get(stop, "preempted")
+                self.start.log("end", outcome=outcome, cause=stop, step=self.step)
         finally:
             self.saver.wait()  # a checkpoint under way is finished, whatever else has gone wrong
             self.watchdog.beat(self.step, "end")
             self.reporter.close()
-        outcome = {"": "finished", "INT": "interrupted"}.get(stop, "preempted")
-        if self.world.is_main:
-            self.start.log("end", outcome=outcome, cause=stop, step=self.step)
         seconds = time.perf_counter() - began
         if stop:
             self.say(f"{self.folder}: {stop} came; saved step {self.step} of {self.num_steps} after {seconds:.0f} s")

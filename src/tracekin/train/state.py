@@ -46,7 +46,7 @@ def find_checkpoint(
         say: told what is damaged or has changed.
 
     Raises:
-        UserError: there are checkpoints and all are damaged, or a change that is not allowed.
+        UserError: there are checkpoints and all are damaged, a change that is not allowed, or another optimiser.
     """
     found: Path | None = None
     error: UserError | None = None
@@ -69,6 +69,11 @@ def find_checkpoint(
                 f"{found} was trained on other shards than {config.data.manifest} holds now; give this run another"
                 f" name=..., remove {config.run_folder}, or go on all the same with --allow-config-change."
             )
+    if (before := state["config"]["optimiser"]["name"]) != config.optimiser.name:
+        raise UserError(
+            f"{found} holds the state of optimiser.name={before}, which {config.optimiser.name} cannot take over: keep"
+            f" it, or start a new run from its encoder with init.from={config.run_folder}."
+        )
     if changed := [*changes(config, state["config"]), *([] if same_shards else ["other shards"])]:
         say(f"continuing under another config: {', '.join(changed)}")
     return found, state
@@ -88,15 +93,9 @@ def load_rest(found: Path, engine: Any, target: Target, miner: Miner, device: to
     """Set the optimiser, what the miner remembers and this rank's random state. Collective.
 
     Raises:
-        UserError: the checkpoint is damaged, or of another optimiser.
+        UserError: the checkpoint is damaged.
     """
-    try:
-        load_optimiser_tensors(engine, checkpoint.load_part(found, "optimiser"))
-    except KeyError as error:
-        raise UserError(
-            f"{found} holds no optimiser state {error}: it was saved under another optimiser. Keep optimiser.name, or"
-            " start a new run from its encoder with init.from."
-        ) from None
+    load_optimiser_tensors(engine, checkpoint.load_part(found, "optimiser"))
     if miner.queue:
         held = checkpoint.load_part(found, "queue") if (found / "queue.safetensors").exists() else {}
         miner.queue.load(held, device)
