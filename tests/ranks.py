@@ -103,7 +103,8 @@ def end_ranks(
             for process in processes:
                 process.join()
         files = [Path(folder) / f"stderr-{rank}" for rank in range(world_size)]
-        return [Ended(code, file.read_text()) for code, file in zip(codes, files, strict=True)]
+        said = [file.read_text() if file.exists() else "" for file in files]  # a silent one may not have come so far
+        return [Ended(*ended) for ended in zip(codes, said, strict=True)]
 
 
 def _to_the_end(rank: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

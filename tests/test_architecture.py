@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 LOWER = {"config", "files", "monitor", "distributed", "checkpoint"}
 ALLOWED = {
     "config": set(),
-    "files": set(),
+    "files": {"config"},
     "distributed": {"config"},
     "monitor": {"config", "distributed", "files"},
     "checkpoint": {"config", "files"},

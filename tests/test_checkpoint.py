@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tracekin import checkpoint
+from tracekin import checkpoint, files
 from tracekin.checkpoint import Keep
 from tracekin.config import UserError
 
@@ -148,7 +148,8 @@ def failing(times: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         original(*args)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    monkeypatch.setattr(checkpoint, "PATIENCE", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(files, "PATIENCE", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(checkpoint, "PATIENCE", files.PATIENCE)
     return tried
 
 
@@ -178,6 +179,49 @@ def test_who_may_not_write_touches_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="taken over"):
         checkpoint.save(tmp_path, 5, parts(5), {}, check=fenced)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [other.name]
+
+
+def test_who_is_fenced_in_the_middle_of_a_save_removes_nothing(tmp_path: Path) -> None:
+    """A start hangs on a store that is away while a newer one goes on, and wakes."""
+    start = iter([None, None, "the newer start saves", None])
+
+    def check() -> None:
+        if next(start):
+            for step in (20, 24):
+                checkpoint.save(tmp_path, step, parts(step), {})
+            raise RuntimeError("taken over")
+
+    checkpoint.save(tmp_path, 12, parts(12), {})
+    with pytest.raises(RuntimeError, match="taken over"):
+        checkpoint.save(tmp_path, 16, parts(16), {}, check=check)
+    assert steps_in(tmp_path) == [20, 24]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000024\n"
+
+
+def test_only_checkpoints_are_removed(tmp_path: Path) -> None:
+    mine = tmp_path / "checkpoints" / "step-00000005-mine"
+    for step in (5, 10, 15, 20):
+        checkpoint.save(tmp_path, step, parts(step), {})
+        if step == 5:
+            shutil.copytree(mine.with_name("step-00000005"), mine)
+    assert mine.is_dir()
+    assert checkpoint.latest(tmp_path) == mine.with_name("step-00000020")
+
+
+def test_a_pointer_that_cannot_be_written_leaves_one_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(tmp_path, 5, parts(5), {})
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "PATIENCE", (0.0,))
+    monkeypatch.setattr(checkpoint, "write_text", full)
+    with pytest.raises(UserError, match=r"cannot write .*latest: No space left"):
+        checkpoint.save(tmp_path, 10, parts(10), {})
+    assert steps_in(tmp_path) == [5, 10]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
 def test_checksums_are_those_of_the_usual_tools(tmp_path: Path) -> None:

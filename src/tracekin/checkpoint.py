@@ -18,7 +18,6 @@ import json
 import secrets
 import shutil
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tracekin.config import UserError
-from tracekin.files import PATIENCE, flush, write_text
+from tracekin.files import PATIENCE, flush, patiently, surely, write_text
 
 PARTS = ("model", "optimiser", "queue", "ranks")
 CHECKSUMS = "checksums.json"
@@ -76,32 +75,37 @@ def save(
     final = folder / f"step-{step:08d}"
     # A name of its own: an old start that still runs somewhere must not write among this one's files.
     partial = folder / f".{final.name}.{secrets.token_hex(4)}.partial"
-    waits = iter(PATIENCE)
-    while True:
-        try:
-            check()  # what another start is writing there is not removed
-            _remove_partial(folder)
-            _write(partial, parts, {"step": step, **state})
-            check()
-            _appear(partial, final)
-            break
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            wait = next(waits, None)
-            if wait is None:
-                raise _cannot_write(final, error) from None
-            time.sleep(wait)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+
+    def write() -> None:
+        check()  # what another start is writing there is not removed
+        _remove_partial(folder)
+        _write(partial, parts, {"step": step, **state})
+        check()
+        _appear(partial, final)
+
+    try:
+        patiently(write)
+    except OSError as error:
+        raise _cannot_write(final, error) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    # Each of these may have to wait for a store that is away, while another start takes over.
+    check()
+    surely(folder / "latest", lambda: write_text(folder / "latest", final.name + "\n", durable=True))
+    check()
     _prune(run_folder, final, keep)
     return final
 
 
 def _write(partial: Path, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
     partial.mkdir(parents=True)
+    flush(partial.parents[1])
     for part, content in parts.items():
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}, _file(partial, part))
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}
+        try:
+            save_file(tensors, _file(partial, part))
+        except SafetensorError as error:  # the file system's, in words alone
+            raise OSError(str(error)) from None
     (partial / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     for file in partial.glob("*.safetensors"):  # which safetensors lets nobody else read, whatever the umask says
         shutil.copymode(partial / "state.json", file)
@@ -113,10 +117,11 @@ def _write(partial: Path, parts: Mapping[str, Mapping[str, Tensor]], state: Mapp
 
 
 def _appear(partial: Path, final: Path) -> None:
+    old = partial.with_name(f"{partial.name.removesuffix('.partial')}.old.partial")
     if final.exists():  # the same step, written by an earlier attempt that was rolled back, or damaged since
-        final.rename(partial.with_name(f"{partial.name.removesuffix('.partial')}.old.partial"))
+        final.rename(old)
     partial.rename(final)
-    write_text(final.parent / "latest", final.name + "\n", durable=True)
+    shutil.rmtree(old, ignore_errors=True)
     flush(final.parent)
 
 
@@ -139,13 +144,14 @@ def _cannot_write(final: Path, error: Exception) -> UserError:
 
 
 def _prune(run_folder: Path, newest: Path, keep: Keep) -> None:
-    for later in newest.parent.glob("step-*"):
-        if later.name > newest.name:  # of a future that was rolled back
-            shutil.rmtree(later, ignore_errors=True)
+    every = {path: step for path in newest.parent.glob("step-*") if (step := _step(path)) is not None}
+    for path in every:
+        if path.name > newest.name:  # of a future that was rolled back
+            shutil.rmtree(path, ignore_errors=True)
     stay = {*complete(run_folder)[-keep.newest :], *complete(run_folder, lasting=True)[-keep.newest :]}
-    for old in newest.parent.glob("step-*"):
-        if old not in stay and not (keep.every and (_step(old) or 1) % keep.every == 0):
-            shutil.rmtree(old, ignore_errors=True)  # what could not be removed goes with a later one
+    for path, step in every.items():
+        if path not in stay and not (keep.every and step % keep.every == 0):
+            shutil.rmtree(path, ignore_errors=True)  # what could not be removed goes with a later one
 
 
 def latest(run_folder: Path, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> Path | None:
@@ -246,7 +252,7 @@ class _DamageError(Exception):
 
 
 def _cannot_read(path: Path, error: Exception) -> UserError:
-    return UserError(f"cannot read {path}: {error}. Remove {path.parent} to go on from the checkpoint before.")
+    return UserError(f"cannot read {path}: {error}. Restore it, or remove {path.parent} to go on without it.")
 
 
 def _checksums(checkpoint: Path) -> dict[str, Any]:

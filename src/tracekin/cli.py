@@ -215,8 +215,7 @@ def _code_of(error: Exception) -> int:
     """The exit code of an error that is not the user's."""
     if "torch" in sys.modules:
         from tracekin.distributed.collectives import lost_a_rank
-        from tracekin.train.guard import DivergedError, DriftError
-        from tracekin.train.start import FencedError
+        from tracekin.train.errors import DivergedError, DriftError, FencedError
 
         codes: dict[type[Exception], int] = {FencedError: 3, DivergedError: 1, DriftError: TRY_AGAIN}
         if type(error) in codes:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from tracekin.config.errors import UserError
+
 T = TypeVar("T")
 PATIENCE = (1.0, 2.0, 4.0, 8.0)
 """Seconds between the attempts to write: a store that is away for a moment costs nothing."""
@@ -50,25 +52,36 @@ def patiently(action: Callable[[], T]) -> T:
     return action()
 
 
+def surely(path: Path, action: Callable[[], T]) -> T:
+    """Do what writes a run's file, patiently.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        return patiently(action)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error} (tried {len(PATIENCE) + 1} times in {sum(PATIENCE):.0f}"
+            " s). Make room or mend the folder; the same command again goes on from the last checkpoint."
+        ) from None
+
+
 def append(path: Path, line: str) -> None:
-    """Add a line to a file, whole or not at all, patiently.
+    """Add a line to a file, whole or not at all.
 
     Raises:
         OSError: it cannot be written.
     """
     content = f"{line}\n".encode()
-
-    def write() -> None:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            end = os.fstat(descriptor).st_size
-            if os.write(descriptor, content) < len(content):  # the disk is full
-                os.ftruncate(descriptor, end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        finally:
-            os.close(descriptor)
-
-    patiently(write)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        end = os.fstat(descriptor).st_size
+        if os.write(descriptor, content) < len(content):  # the disk is full
+            os.ftruncate(descriptor, end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(descriptor)
 
 
 def flush(path: Path) -> None:

@@ -16,11 +16,12 @@ from tests.distributed.test_watchdog import is_alive
 from tests.ranks import RankFailedError, end_ranks, run_ranks
 from tests.train.test_run import assert_same_end, run, tiny_config
 from tests.train.tiny_run import tiny_backbone
-from tracekin import checkpoint
+from tracekin import checkpoint, files
 from tracekin.config import Config, UserError
 from tracekin.distributed.collectives import lost_a_rank
 from tracekin.distributed.world import World, this_start
-from tracekin.train.start import FencedError, Start
+from tracekin.train.errors import DivergedError, DriftError, FencedError
+from tracekin.train.start import Start
 
 EVERY_STEP = ("train.log_every=1",)
 
@@ -146,6 +147,51 @@ def test_a_start_that_was_killed_is_named_by_the_next(tmp_path: Path, monkeypatc
         ("end", 0, "killed"),
         ("start", 1, None),
     ]
+
+
+def test_a_lease_that_cannot_be_read_for_a_moment_is_still_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Start(tmp_path, World())
+    start.take()
+    away = iter([OSError(116, "Stale file handle"), None, *[OSError(5, "Input/output error")] * 9])
+    read = Path.read_text
+
+    def sometimes(path: Path, *args: Any, **kwargs: Any) -> str:
+        if path.name == "lease.json" and (error := next(away)):
+            raise error
+        return read(path, *args, **kwargs)
+
+    monkeypatch.setattr(files, "PATIENCE", (0.0,))
+    monkeypatch.setattr(Path, "read_text", sometimes)
+    start.check()
+    with pytest.raises(UserError, match=r"cannot read .*lease\.json: Input/output error"):
+        start.check()
+    with pytest.raises(KeyError), start.guarded():  # its own error stays
+        raise KeyError("the cause")
+
+
+def test_who_writes_how_a_start_ended(tmp_path: Path) -> None:
+    """What all ranks know rank 0 says, an error of its own each rank, and who is fenced nothing."""
+    ranks = [Start(tmp_path, World(rank, 3, rank, 3)) for rank in range(3)]
+    ranks[0].take()
+    for error in (DriftError("rank 1 differs"), UserError("a full disk"), FencedError("by another"), KeyError("mine")):
+        for rank in ranks[1:]:
+            with pytest.raises(type(error)), rank.guarded():
+                raise error
+    found = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert [(line["rank"], line["cause"]) for line in found] == [(1, "KeyError: 'mine'"), (2, "KeyError: 'mine'")]
+    with pytest.raises(DivergedError), ranks[0].guarded():
+        raise DivergedError("nccl/run: the loss is nan")
+    last = json.loads((tmp_path / "starts.jsonl").read_text().splitlines()[-1])
+    assert (last["outcome"], last["cause"]) == ("failed", "nccl/run: the loss is nan")
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PATIENCE", (0.0,))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*lease"):
+        Start(tmp_path / "file" / "run", World()).take()
 
 
 def test_a_checkpoint_does_not_appear_once_the_lease_is_lost(tmp_path: Path) -> None:

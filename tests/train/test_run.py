@@ -306,6 +306,20 @@ def test_another_config_goes_on_only_if_it_is_allowed_and_fits(finished: Config,
     run_ranks(run, 1, slower)  # it is the run's own config now
 
 
+def test_what_mining_remembers_of_another_config_is_left_out(finished: Config, tmp_path: Path) -> None:
+    manifest = f"data.manifest={finished.data.manifest}"
+    whole = tiny_config(tmp_path / "a", manifest, "mining.queue=24", "mining.warmup=0")
+    run_ranks(run, 1, whole)
+    config = stop_after(whole, 6, tmp_path / "b")
+    run_ranks(run_allowing, 1, replace(config, mining=replace(config.mining, queue=48, sketch_dim=16)))
+    assert [line["step"] for line in metrics(config)] == [line["step"] for line in metrics(whole)]
+    newest = checkpoint.latest(config.run_folder)
+    assert newest
+    queue = checkpoint.load_part(newest, "queue")
+    assert len(queue["ids"]) == 48
+    assert min(queue["step"][: queue["written"]].tolist()) == 9  # the last three of 16 images each: 48
+
+
 def test_a_set_may_move(finished: Config, tmp_path: Path) -> None:
     config = stop_after(finished, 9, tmp_path)
     moved = shutil.copytree(Path(finished.data.manifest).parent, tmp_path / "elsewhere")

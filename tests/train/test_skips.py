@@ -8,9 +8,11 @@ import pytest
 from tests.data.tiny import make_dataset
 from tests.ranks import RankFailedError, run_ranks
 from tests.train.test_run import metrics, run, tiny_config
+from tracekin.config import MonitorConfig
 from tracekin.data.manifest import Manifest
 from tracekin.data.order import Shuffle, epoch_order
 from tracekin.data.reader import Skipped
+from tracekin.monitor.sinks import open_sinks
 from tracekin.train.skips import Skips
 
 
@@ -79,6 +81,7 @@ def test_what_was_rolled_back_is_not_named_twice(tmp_path: Path) -> None:
     flush(4, 1, 2)
     flush(8, 3)
     flush(12, 4)
-    flush(8, 3)  # the run went on from step 5 or so
+    open_sinks(MonitorConfig(wandb="disabled"), tmp_path, "run", {}, last_step=5)  # the run goes on from there
+    flush(8, 3)
     named = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [(line["step"], line["number"]) for line in named] == [(4, 1), (4, 2), (8, 3)]

@@ -34,6 +34,7 @@ from tracekin.influence.gradients import Factors, gradient_factors, normalised
 from tracekin.influence.mining import Best, Mined, chunks
 from tracekin.influence.policies import tracin
 from tracekin.model.byol import Online, Target
+from tracekin.model.precision import set_convolution_precision
 
 BLOCK = 2**26
 """Products of views that are held at a time, 4 bytes each, twice."""
@@ -133,7 +134,7 @@ def find_influences(study: Study, *, progress: bool = True) -> Influences:
     """
     config = study.config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    set_convolution_precision("ieee")
     networks = [_networks(study.run, weighed, device) for weighed in study.checkpoints]
     total = len(study.numbers) + study.manifest.count(config.against)
     with tqdm(

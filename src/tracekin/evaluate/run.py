@@ -21,6 +21,7 @@ from tracekin.evaluate.features import PIXELS_SIDE, Encoder, Features, features,
 from tracekin.evaluate.metrics import PROBES, estimates
 from tracekin.files import write_text
 from tracekin.model.backbone import build_backbone
+from tracekin.model.precision import set_convolution_precision
 
 Splits = dict[str, Features]
 
@@ -60,7 +61,7 @@ def evaluate_run(run_folder: Path, config: EvaluateConfig, *, progress: bool = T
     manifest = read_manifest(config.manifest or run.data.manifest)
     _check(manifest, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    set_convolution_precision("ieee")
 
     encoders: dict[str, Encoder] = {run.mining.policy: _trained(run, newest).to(device)}
     key = _baseline_key(run, manifest, config)

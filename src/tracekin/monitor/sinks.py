@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tracekin.config import MonitorConfig, UserError
-from tracekin.files import append, write_text
+from tracekin.files import append, surely, write_text
 
 MARGIN = 3.0
 """Seconds beyond those of the config that the W&B client gets at a start and an end before it is waited for no more."""
@@ -25,13 +25,22 @@ Job = Callable[[Any], None]
 
 
 class JsonLines:
-    """Appends one JSON object a line; opening drops lines of steps after ``last_step``, which a resumed run repeats."""
+    """Appends one JSON object a line to a file of a run."""
 
-    def __init__(self, path: Path, last_step: int) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= last_step))
+
+    def drop_after(self, last_step: int) -> None:
+        """Drop lines of later steps, which a resumed run repeats, and what a kill left of a line.
+
+        Raises:
+            UserError: the file cannot be written, after some patience.
+        """
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        kept = "".join(f"{line}\n" for line in lines if _step_of(line) <= last_step)
+        surely(self.path, lambda: write_text(self.path, kept, durable=True))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line; what is no finite number becomes null.
@@ -40,13 +49,7 @@ class JsonLines:
             UserError: it could not be written, after some patience.
         """
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        try:
-            append(self.path, json.dumps(finite))
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.path}: {error.strerror}. Make room or mend the folder; the same command again goes"
-                " on from the last checkpoint."
-            ) from None
+        surely(self.path, lambda: append(self.path, json.dumps(finite)))
 
     def close(self) -> None:
         """Each line is written whole, and nothing is held open."""
@@ -260,8 +263,14 @@ def _say(line: str) -> None:
 def open_sinks(
     config: MonitorConfig, run_folder: Path, name: str, settings: dict[str, Any], last_step: int
 ) -> list[Any]:
-    """The sinks of a run that continues after ``last_step`` (0: it starts)."""
-    sinks: list[Any] = [JsonLines(run_folder / "metrics.jsonl", last_step)]
+    """The sinks of a run that continues after ``last_step`` (0: it starts); lines of later steps are dropped.
+
+    Raises:
+        UserError: a file of the run folder cannot be written.
+    """
+    for name in ("metrics", "skipped", "nonfinite"):
+        JsonLines(run_folder / f"{name}.jsonl").drop_after(last_step)
+    sinks: list[Any] = [JsonLines(run_folder / "metrics.jsonl")]
     if config.wandb != "disabled":
         sinks.append(WeightsAndBiases(config, run_folder, name, settings))
     return sinks

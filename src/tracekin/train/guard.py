@@ -1,13 +1,13 @@
 """Guards against trainings that go wrong in silence: losses that are no numbers, collapse, ranks that drift apart."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tracekin import checkpoint
 from tracekin.config import Config, UserError
 from tracekin.data.batch import Batch
 from tracekin.data.manifest import Manifest
@@ -16,17 +16,10 @@ from tracekin.data.reader import ShardReader
 from tracekin.distributed import collectives
 from tracekin.distributed.world import World
 from tracekin.monitor.sinks import JsonLines
+from tracekin.train.errors import DivergedError, DriftError
 
 NAMED = 3
 """Tensors that a message names."""
-
-
-class DivergedError(RuntimeError):
-    """The training has gone wrong, and going on or trying again would not mend it."""
-
-
-class DriftError(RuntimeError):
-    """Ranks that must be equal are not: a fault of hardware or of the program. The last checkpoint is sound."""
 
 
 class Refusals:
@@ -43,13 +36,14 @@ class Refusals:
         """Remember what a forward pass changes: the batch norms' running statistics."""
         torch._foreach_copy_(self.kept, self.buffers)
 
-    def refuse(self, step: int, loss: Tensor, batch: Batch) -> None:
+    def refuse(self, step: int, loss: Tensor, batch: Batch, last_checkpoint: Callable[[], Path | None]) -> None:
         """Undo a step's forward passes and log its images. Collective.
 
         Args:
             step: of the refused step.
             loss: this rank's.
             batch: this rank's.
+            last_checkpoint: the newest one, once all under way is written; collective, called if this is the end.
 
         Raises:
             DivergedError: on every rank alike, at the ``guard.nonfinite``-th refusal in a row.
@@ -62,14 +56,14 @@ class Refusals:
         everyones = collectives.gather_objects({"loss": str(loss.item()), "images": images})
         folder = self.config.run_folder
         if collectives.rank() == 0:
-            log = JsonLines(folder / "nonfinite.jsonl", step)  # without steps that were rolled back
+            log = JsonLines(folder / "nonfinite.jsonl")
             for rank, part in enumerate(everyones):
                 log.write({"step": step + 1, "rank": rank, **part})
             losses = ", ".join(part["loss"] for part in everyones)
             print(f"step {step + 1}: the loss is {losses}; skipped, see {folder}/nonfinite.jsonl", flush=True)
         if self.in_row >= self.config.guard.nonfinite:
-            last = checkpoint.complete(folder)[-1:]
-            good = f"{last[0]} is the last good checkpoint, from which" if last else "no checkpoint was saved yet;"
+            last = last_checkpoint()
+            good = f"{last} is the last good checkpoint, from which" if last else "no checkpoint was saved yet;"
             raise DivergedError(
                 f"the loss was no finite number in {self.in_row} steps in a row, up to step {step + 1}"
                 f" (their images: {folder}/nonfinite.jsonl). {good} the same command goes on; lower optimiser.lr, use"

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -119,16 +120,16 @@ class _Run:
         self.skips = Skips(manifest.count("train"), config.data.max_bad_fraction)
         if world.is_main:
             start.take()  # before looking for a checkpoint: an older start adds none from here on
-        found, state = find_checkpoint(config, manifest, allow_change=allow_change, say=self.say)
+        found = find_checkpoint(config, manifest, allow_change=allow_change, say=self.say)
         if found is not None:
-            self.step = int(state["step"])
-            self.initial = state["environment"].get("init")
-            self.skips.in_epoch = set(state["replaced"])
-            load_networks(found, online, self.target)
+            self.step = int(found.state["step"])
+            self.initial = found.state["environment"].get("init")
+            self.skips.in_epoch = set(found.state["replaced"])
+            load_networks(found.folder, online, self.target)
         self.engine = build_engine(online, config.optimiser, config.train, world)
         self.miner = Miner(config.mining, online, config.seed, world.local_size)
         if found is not None:
-            load_rest(found, self.engine, self.target, self.miner, device)
+            load_rest(found, self.engine, self.target, self.miner, device, self.say)
         self.clock, self.meter = Clock(device), Meter(device)
         self.losses: Losses | None = None
         self.agreement = Agreement()
@@ -172,15 +173,17 @@ class _Run:
         batches = iter(self._batches(steps))
         self.engine.train()
         began, first = time.perf_counter(), self.step
+        due = ended_epoch = False
         for step in steps:
             schedule, stop = self._one_step(batches, step)
             self.step = step + 1
             self.reporter.count_step()
             end_of_epoch = self.step % self.steps_per_epoch == 0
-            save = end_of_epoch or (config.save_every > 0 and self.step % config.save_every == 0)
-            save = save and not self.refusals.in_row  # a checkpoint to go back to lies before what goes wrong
-            save = save or bool(stop) or self.step == self.num_steps
-            if not save and self.step % config.log_every:
+            ended_epoch |= end_of_epoch
+            due |= end_of_epoch or (config.save_every > 0 and self.step % config.save_every == 0)
+            # A checkpoint to go back to lies before what goes wrong; one that is due waits for a step that does not.
+            save = (due and not self.refusals.in_row) or bool(stop) or self.step == self.num_steps
+            if not (save or end_of_epoch) and self.step % config.log_every:
                 continue
             record = self._record(schedule, time.perf_counter() - began, self.step - first)
             self._write(record)
@@ -188,7 +191,8 @@ class _Run:
                 self.skips.end_epoch()
             if save:
                 ended = time.perf_counter()
-                self._save(schedule["lr"], end_of_epoch=end_of_epoch)
+                self._save(schedule["lr"], end_of_epoch=ended_epoch)
+                due = ended_epoch = False
                 self._time_a_stop((ended - began) / (self.step - first), time.perf_counter() - ended)
             if stop:
                 break
@@ -250,7 +254,9 @@ class _Run:
             measure(self.meter, losses, self.miner, step)
         else:
             self.miner.forget(step)
-            self.refusals.refuse(step, losses.loss, batch)
+            if self.world.is_main:
+                self.start.check()
+            self.refusals.refuse(step, losses.loss, batch, self._last_checkpoint)
         if verdict.finite or self.losses is None:
             self.losses = losses
         if (step + 1) % config.guard.fingerprint_every == 0:
@@ -284,17 +290,19 @@ class _Run:
         self.collapse.look(record)
 
     def _save(self, lr: float, *, end_of_epoch: bool) -> None:
-        """Begin a checkpoint and, at the end of an epoch, write the gallery; collective."""
+        """Begin a checkpoint and, where an epoch has ended since the last one, write the gallery; collective."""
         self.watchdog.beat(self.step, "checkpoint")
         self.fingerprint.compare(self.step - 1, self.batch)
         self.fingerprint.check_finite()
         with self.clock.phase("save", host=True):
+            self.saver.wait()  # for the one before, else the host would hold two
             parts = gather_parts(self.engine, self.target, self.miner, self.device)
             found = self.losses.found if self.losses and end_of_epoch else None
             pairs = gallery_pairs(found, NUM_GALLERY) if found else None
             if self.world.is_main:
                 state = {
                     "epoch_end": end_of_epoch,
+                    "epochs": self.step // self.steps_per_epoch,
                     "dataset": self.manifest.fingerprint(),
                     "lr": lr,
                     "replaced": sorted(self.skips.in_epoch),
@@ -304,7 +312,10 @@ class _Run:
                 self.saver.start(self.step, parts, state)
                 if pairs is not None:
                     content = {"step": self.step, "dataset": self.manifest.fingerprint(), "pairs": pairs}
-                    write_text(self.folder / "gallery.json", json.dumps(content) + "\n")
+                    try:
+                        write_text(self.folder / "gallery.json", json.dumps(content) + "\n")
+                    except OSError as error:  # a page lacks pictures; whether there is a checkpoint the saver says
+                        self.say(f"cannot write {self.folder / 'gallery.json'}: {error.strerror}")
         if self.miner.history and end_of_epoch:
             self.miner.history.remember(self.engine.module, self.target, lr)
 
@@ -313,6 +324,12 @@ class _Run:
         error = collectives.broadcast_object(self.saver.wait())
         if error is not None:
             raise error
+
+    def _last_checkpoint(self) -> Path | None:
+        """The newest checkpoint once none is under way. Collective."""
+        self._settle()
+        complete: list[Path] = collectives.broadcast_object(checkpoint.complete(self.folder)[-1:])
+        return complete[0] if complete else None
 
     def _time_a_stop(self, step_seconds: float, stall_seconds: float) -> None:
         """Say so where a signal would have taken longer to obey than any before, and than the launcher was told."""

@@ -2,13 +2,14 @@
 
 import json
 import platform
+from functools import partial
 from typing import Any
 
 from tracekin.config import Config, shareable, to_yaml
 from tracekin.data.manifest import Manifest
 from tracekin.data.order import left_over, shuffle_of
 from tracekin.distributed.world import World
-from tracekin.files import write_text
+from tracekin.files import surely, write_text
 from tracekin.monitor.progress import Progress
 from tracekin.monitor.sinks import open_sinks
 from tracekin.train.start import Start
@@ -31,6 +32,7 @@ class Reporter:
 
         Raises:
             FencedError: a newer start holds the run folder.
+            UserError: it cannot be written.
         """
         if not self.world.is_main:
             return
@@ -38,8 +40,9 @@ class Reporter:
         continuing = f", continuing after step {step}" if step else ""
         self.say(f"{folder}: {self._headline(device)}, {num_steps} steps{continuing}")
         self.start.begin(step=step, steps=num_steps, ranks=self.world.size, host=platform.node())
-        write_text(folder / "config.yaml", to_yaml(self.config))
-        write_text(folder / "environment.json", json.dumps(facts, indent=1) + "\n")
+        files = {"config.yaml": to_yaml(self.config), "environment.json": json.dumps(facts, indent=1) + "\n"}
+        for name, text in files.items():
+            surely(folder / name, partial(write_text, folder / name, text))
         sent = shareable(self.config, self.manifest.name)
         self.sinks = open_sinks(self.config.monitor, folder, self.config.name, sent, step)
         self.progress = Progress(num_steps, step)

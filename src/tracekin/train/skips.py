@@ -32,7 +32,7 @@ class Skips:
         self.fresh = []
         self.in_epoch.update(skipped.number for skipped in fresh)  # one that wraps comes twice
         if fresh and folder is not None:
-            log = JsonLines(folder / "skipped.jsonl", step - 1)  # without steps that were rolled back
+            log = JsonLines(folder / "skipped.jsonl")
             for skipped in fresh:
                 log.write({"step": step, **skipped._asdict()})
             reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(s.reason for s in fresh).most_common())

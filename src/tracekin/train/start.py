@@ -15,11 +15,8 @@ from typing import Any
 from tracekin.config import UserError
 from tracekin.distributed.collectives import lost_a_rank
 from tracekin.distributed.world import World, this_start
-from tracekin.files import append, write_text
-
-
-class FencedError(RuntimeError):
-    """A newer start of the run holds the run folder."""
+from tracekin.files import append, patiently, surely, write_text
+from tracekin.train.errors import DivergedError, DriftError, FencedError
 
 
 class Start:
@@ -32,32 +29,57 @@ class Start:
         self.taken = False
 
     def take(self) -> None:
-        """Make the folder, if need be, and take the lease from whoever held it. Rank 0 alone calls this."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lease = {"job": self.job, "restart": self.restart, "token": self.token}
-        write_text(self.folder / "lease.json", json.dumps(lease) + "\n")
+        """Make the folder, if need be, and take the lease from whoever held it. Rank 0 alone calls this.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        lease, path = {"job": self.job, "restart": self.restart, "token": self.token}, self.folder / "lease.json"
+
+        def write() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(lease) + "\n")
+
+        surely(path, write)
         self.taken = True
 
     def held(self) -> bool:
         """Whether the lease is still this start's; False too where the folder is gone.
 
         The other ranks do not know rank 0's token: they compare job and restart.
+
+        Raises:
+            OSError: the lease cannot be read, after some patience.
         """
         try:
-            lease = json.loads((self.folder / "lease.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            lease = json.loads(patiently(self._read_lease))
+        except ValueError:
             return False
         if self.taken:
             return bool(lease["token"] == self.token)
         return (lease["job"], lease["restart"]) == (self.job, self.restart)
+
+    def _read_lease(self) -> str:
+        try:
+            return (self.folder / "lease.json").read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
 
     def check(self) -> None:
         """Call before writing into the run folder.
 
         Raises:
             FencedError: the lease was taken by another start.
+            UserError: the lease cannot be read.
         """
-        if not self.held():
+        try:
+            held = self.held()
+        except OSError as error:
+            raise UserError(
+                f"cannot read {self.folder / 'lease.json'}: {error.strerror or error}. Mend the folder; the same"
+                " command again goes on from the last checkpoint."
+            ) from None
+        if not held:
             raise FencedError(
                 f"{self.folder} was taken over by a newer start of this run (its lease.json says which);"
                 " this one wrote nothing more and ends."
@@ -80,11 +102,13 @@ class Start:
 
         Raises:
             FencedError: as ``check``.
+            UserError: it cannot be written.
         """
         self.check()
         now = datetime.now(UTC).isoformat(timespec="seconds")
         line = {"event": event, "job": self.job, "restart": self.restart, "time": now, **facts}
-        append(self.folder / "starts.jsonl", json.dumps(line))
+        path = self.folder / "starts.jsonl"
+        surely(path, lambda: append(path, json.dumps(line)))
 
     def stalled(self, cause: str) -> None:
         """Log that the watchdog ends this start; once, where ranks that cannot ask each other all say so.
@@ -105,14 +129,19 @@ class Start:
         try:
             yield
         except BaseException as error:
-            if self.taken and not self.held():
-                if isinstance(error, FencedError):
-                    raise
+            if isinstance(error, FencedError):
+                raise
+            try:
+                held = self.held()
+            except OSError:  # the folder is away, which may be the very reason for the end
+                raise error from None
+            if self.taken and not held:
                 raise FencedError(f"{self.folder} was taken over by a newer start of this run.") from error
             lost = lost_a_rank(error)
-            if self.held() and (self.world.is_main or not (lost or isinstance(error, UserError))):
+            shared = lost or isinstance(error, UserError | DivergedError | DriftError)
+            if held and (self.world.is_main or not shared):
                 outcome = "interrupted" if isinstance(error, KeyboardInterrupt) else "lost" if lost else "failed"
-                with suppress(OSError):  # a full disk may be the very reason for the end
+                with suppress(UserError, FencedError):
                     self.log("end", outcome=outcome, cause=_in_one_line(error), rank=self.world.rank)
             raise
 
@@ -127,4 +156,5 @@ def _last_line(path: Path) -> dict[str, Any]:
 
 def _in_one_line(error: BaseException) -> str:
     said = " ".join(str(error).split())
-    return said[:500] if isinstance(error, UserError) else f"{type(error).__name__}: {said}"[:500]
+    known = isinstance(error, UserError | DivergedError | DriftError)
+    return (said if known else f"{type(error).__name__}: {said}")[:500]

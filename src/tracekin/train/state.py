@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,20 @@ def gather_parts(engine: Any, target: Target, miner: Miner, device: torch.device
     return {part: {name: t.detach().to("cpu", copy=True) for name, t in held.items()} for part, held in parts.items()}
 
 
+class Found(NamedTuple):
+    """The checkpoint that a run goes on from."""
+
+    folder: Path
+    state: dict[str, Any]
+    """As checkpoint.load_state has it."""
+    changed: list[str]
+    """What differs that alters the run: ``key old -> new``."""
+
+
 def find_checkpoint(
     config: Config, manifest: Manifest, *, allow_change: bool, say: Callable[[str], None]
-) -> tuple[Path | None, dict[str, Any]]:
-    """The newest sound checkpoint of a run, the same for every rank, and its state; None if there is none. Collective.
+) -> Found | None:
+    """The newest sound checkpoint of a run, the same for every rank; None if there is none. Collective.
 
     Args:
         config: of the run that goes on.
@@ -48,63 +58,77 @@ def find_checkpoint(
     Raises:
         UserError: there are checkpoints and all are damaged, a change that is not allowed, or another optimiser.
     """
-    found: Path | None = None
+    folder: Path | None = None
     error: UserError | None = None
     if collectives.rank() == 0:  # alone: it reads every byte
         try:
-            found = checkpoint.latest(config.run_folder, say)
+            folder = checkpoint.latest(config.run_folder, say)
         except UserError as damaged:
             error = damaged
-    found, error = collectives.broadcast_object((found, error))
+    folder, error = collectives.broadcast_object((folder, error))
     if error is not None:
         raise error
-    if found is None:
-        return None, {}
-    state = checkpoint.load_state(found)
+    if folder is None:
+        return None
+    state = checkpoint.load_state(folder)
     same_shards = state["dataset"] == manifest.fingerprint()
     if not allow_change:
-        check_same(config, state["config"], str(found))
+        check_same(config, state["config"], str(folder))
         if not same_shards:
             raise UserError(
-                f"{found} was trained on other shards than {config.data.manifest} holds now; give this run another"
+                f"{folder} was trained on other shards than {config.data.manifest} holds now; give this run another"
                 f" name=..., remove {config.run_folder}, or go on all the same with --allow-config-change."
             )
     if (before := state["config"]["optimiser"]["name"]) != config.optimiser.name:
         raise UserError(
-            f"{found} holds the state of optimiser.name={before}, which {config.optimiser.name} cannot take over: keep"
+            f"{folder} holds the state of optimiser.name={before}, which {config.optimiser.name} cannot take over: keep"
             f" it, or start a new run from its encoder with init.from={config.run_folder}."
         )
-    if changed := [*changes(config, state["config"]), *([] if same_shards else ["other shards"])]:
-        say(f"continuing under another config: {', '.join(changed)}")
-    return found, state
+    changed = [*changes(config, state["config"]), *([] if same_shards else ["other shards"])]
+    if changed:
+        queue = "; the queue of remembered images starts empty" if config.mining.queue else ""
+        say(f"continuing under another config: {', '.join(changed)}{queue}")
+    return Found(folder, state, changed)
 
 
-def load_networks(found: Path, online: Online, target: Target) -> None:
+def load_networks(folder: Path, online: Online, target: Target) -> None:
     """Set both networks; before the engine is built, which makes copies of the weights.
 
     Raises:
         UserError: the checkpoint is damaged, or of networks of another shape.
     """
-    for name, net in (("online", online), ("target", target)):
-        _fill(net, checkpoint.load_model(found, f"{name}."), f"{found}: {name}")
+    tensors = checkpoint.load_part(folder, "model")
+    for name, net in (("online.", online), ("target.", target)):
+        own = {key.removeprefix(name): tensor for key, tensor in tensors.items() if key.startswith(name)}
+        _fill(net, own, f"{folder}: {name.rstrip('.')}")
 
 
-def load_rest(found: Path, engine: Any, target: Target, miner: Miner, device: torch.device) -> None:
+def load_rest(
+    found: Found, engine: Any, target: Target, miner: Miner, device: torch.device, say: Callable[[str], None]
+) -> None:
     """Set the optimiser, what the miner remembers and this rank's random state. Collective.
+
+    What mining remembers of another config or dataset is left out: its images may be others, or have other factors.
 
     Raises:
         UserError: the checkpoint is damaged.
     """
-    load_optimiser_tensors(engine, checkpoint.load_part(found, "optimiser"))
-    if miner.queue:
-        held = checkpoint.load_part(found, "queue") if (found / "queue.safetensors").exists() else {}
-        miner.queue.load(held, device)
+    load_optimiser_tensors(engine, checkpoint.load_part(found.folder, "optimiser"))
+    if miner.queue and not found.changed and (found.folder / "queue.safetensors").exists():
+        miner.queue.load(checkpoint.load_part(found.folder, "queue"), device)
     if miner.history:
-        lasting = checkpoint.complete(found.parents[1], up_to=found, lasting=True)[-miner.mining.checkpoints :]
-        for path in collectives.broadcast_object(lasting):
+        wanted = min(miner.mining.checkpoints, found.state["epochs"])
+        lasting = checkpoint.complete(found.folder.parents[1], up_to=found.folder, lasting=True)[-wanted:]
+        lasting = collectives.broadcast_object(lasting if wanted else [])
+        for path in lasting:
             rate = checkpoint.load_state(path)["lr"]
             load_networks(path, *miner.history.remember(engine.module, target, rate))
-    restore_random_state(checkpoint.load_part(found, "ranks"), device)
+        if len(lasting) < wanted:
+            say(
+                f"only {len(lasting)} of the {wanted} checkpoints that mining.policy={miner.mining.policy} sums over"
+                " are left: until the next ones the losses differ from an unbroken run's"
+            )
+    restore_random_state(checkpoint.load_part(found.folder, "ranks"), device)
 
 
 def _fill(net: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
