@@ -285,24 +285,38 @@ def test_pack_does_not_overwrite_a_set(desk: Desk) -> None:
 
 def test_two_ranks_train_on_this_machine_to_the_end(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", PATH)
-    code, out, error = desk.launch("pretrain", "tiny.yaml", "--profile", "local")
-    assert (code, error) == (0, "")
     folder = desk.folder / "runs" / "tiny"
-    (submission,) = runs.submissions(folder)
-    log = folder / "launch" / f"{submission['job']}_0_log.out"
+
+    def trained(*words: str) -> tuple[str, str]:
+        """What is said of a submission, and the log of its job once it has ended."""
+        before = len(runs.starts(folder))
+        code, out, error = desk.launch("pretrain", "tiny.yaml", "--profile", "local", *words)
+        assert (code, error) == (0, "")
+        job = runs.submissions(folder)[-1]["job"]
+        log = folder / "launch" / f"{job}_0_log.out"
+        try:
+            until = time.monotonic() + 200
+            while not any(line["event"] == "end" for line in runs.starts(folder)[before:]):
+                assert time.monotonic() < until, log.read_text() if log.exists() else "no log"
+                time.sleep(0.5)
+        except BaseException:
+            os.kill(int(job), signal.SIGTERM)  # submitit's controller ends its ranks
+            raise
+        return out, log.read_text()
+
+    out, log = trained()
     assert "4 steps on 2 rank(s)" in out
-    try:
-        until = time.monotonic() + 200
-        while not (ends := [line for line in runs.starts(folder) if line["event"] == "end"]):
-            assert time.monotonic() < until, log.read_text() if log.exists() else "no log"
-            time.sleep(0.5)
-    except BaseException:
-        os.kill(int(submission["job"]), signal.SIGTERM)  # submitit's controller ends its ranks
-        raise
-    assert [(line["outcome"], line["step"]) for line in ends] == [("finished", NUM_STEPS)]
+    assert [(line["outcome"], line["step"]) for line in runs.starts(folder)[1:]] == [("finished", NUM_STEPS)]
     assert runs.starts(folder)[0]["ranks"] == 2
-    assert "2 ranks meet at 127.0.0.1:" in log.read_text()
+    assert "2 ranks meet at 127.0.0.1:" in log
     assert "Nothing is submitted" in desk.launch("pretrain", "tiny.yaml", "--profile", "local").out
     revision = json.loads((folder / "environment.json").read_text())["git_sha"]
     (code_folder,) = (folder / "launch").glob("code-*")
     assert revision == (code_folder / "REVISION").read_text().strip()
+
+    longer = ("train.epochs=2",)
+    desk.refuses("(train.epochs 1 -> 2)", "pretrain", "tiny.yaml", "--profile", "local", *longer)
+    _, log = trained(*longer, "--allow-config-change")
+    assert "continuing under another config: train.epochs 1 -> 2" in log
+    last = runs.starts(folder)[-1]
+    assert (last["outcome"], last["step"]) == ("finished", 2 * NUM_STEPS)
