@@ -63,11 +63,11 @@ class Refusals:
             print(f"step {step + 1}: the loss is {losses}; skipped, see {folder}/nonfinite.jsonl", flush=True)
         if self.in_row >= self.config.guard.nonfinite:
             last = last_checkpoint()
-            good = f"{last} is the last good checkpoint, from which" if last else "no checkpoint was saved yet;"
+            good = f"The last good checkpoint is {last}" if last else "No checkpoint was saved yet"
             raise DivergedError(
-                f"the loss was no finite number in {self.in_row} steps in a row, up to step {step + 1}"
-                f" (their images: {folder}/nonfinite.jsonl). {good} the same command goes on; lower optimiser.lr, use"
-                " train.precision=fp32, or look at these images first."
+                f"the loss was no finite number in {self.in_row} steps in a row, up to step {step + 1}. {good}. Look at"
+                f" the images in {folder}/nonfinite.jsonl; the same command goes on, with a lower optimiser.lr or"
+                " train.precision=fp32 and --allow-config-change if need be."
             )
 
     def accepted(self) -> None:
