@@ -1,6 +1,6 @@
 """The precision of convolutions on GPUs."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -8,8 +8,7 @@ import torch
 def set_convolution_precision(precision: Literal["ieee", "tf32"]) -> None:
     """Full fp32 (``ieee``) or TF32, in this process from here on.
 
-    RNNs, which nothing here has, get the same: where the two differ torch cannot say whether TF32 is allowed, and its
-    ONNX exporter asks.
+    By torch's older switch: after its newer ones, ``cudnn.conv.fp32_precision``, it cannot answer whether TF32 is
+    allowed, which its ONNX exporter asks.
     """
-    cudnn: Any = torch.backends.cudnn
-    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = precision
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
