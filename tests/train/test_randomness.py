@@ -1,6 +1,5 @@
 """Every rank's generators go on where a checkpoint left them: torch's, Python's and numpy's, and half-drawn pairs."""
 
-import multiprocessing
 import random
 from pathlib import Path
 from typing import Any
@@ -34,31 +33,33 @@ def draw() -> list[float]:
     return [*uniform, torch.randn(()).item(), random.gauss(0, 1), float(np.random.standard_normal())]
 
 
-def gathered(rank: int, draws: int, folder: Path) -> list[list[float]]:
-    """What a rank draws after its state was saved, twice: at once, and from the checkpoint after all else was drawn."""
+def gathered(rank: int, folder: Path) -> list[list[list[float]]]:
+    """What a rank draws after its state was saved, and once that was restored; after no, one and two pairs' halves."""
+    return [_gathered(rank, draws, folder) for draws in (0, 1, 2)]
+
+
+def _gathered(rank: int, draws: int, folder: Path) -> list[list[float]]:
     seed(100 + rank)
     for _ in range(draws):
         draw()
-    halves = [random.getstate()[2] is not None, bool(np.random.get_state()[3])]
-    assert halves == [draws % 2 == 1] * 2  # after one Gaussian, not after two
+    waiting = [random.getstate()[2] is not None, bool(np.random.get_state()[3])]
+    assert waiting == [draws % 2 == 1] * 2  # the second Gaussian of a pair
     states = gather_random_state(CPU)
-    if rank == 0:
-        checkpoint.save(folder, 1, {"ranks": states, "model": {}, "optimiser": {}}, {})
+    if rank == 0:  # through a file, as in a run
+        saved = checkpoint.save(folder, draws, {"ranks": states, "model": {}, "optimiser": {}}, {})
+        states = checkpoint.load_part(saved, "ranks")
     first = [number for _ in range(3) for number in draw()]
     seed(0)
     draw()
-    restore_random_state(
-        states if rank else checkpoint.load_part(folder / "checkpoints" / "step-00000001", "ranks"), CPU
-    )
+    restore_random_state(states, CPU)
     return [first, [number for _ in range(3) for number in draw()]]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("draws", [0, 1, 2])
-def test_each_rank_goes_on_where_it_was(world_size: int, draws: int, tmp_path: Path) -> None:
-    found = run_ranks(gathered, world_size, draws, tmp_path)
+def test_each_rank_goes_on_where_it_was(world_size: int, tmp_path: Path) -> None:
+    found = [case for rank in run_ranks(gathered, world_size, tmp_path) for case in rank]
     assert all(again == first for first, again in found)
-    assert len({tuple(first) for first, _ in found}) == world_size  # each its own
+    assert len({tuple(first) for first, _ in found}) == 3 * world_size  # each its own
 
 
 def gathered_alone(rank: int) -> dict[str, Tensor]:
@@ -99,7 +100,6 @@ def run_drawing(rank: int, config: Config, number: int) -> dict[int, list[float]
         return original(*args, **context)
 
     loop.train_step = drawing
-    multiprocessing.set_start_method("fork", force=True)  # for loaders, as in a process that a shell started
     seed(number + rank)
     with tiny_backbone():
         loop.pretrain(config)
@@ -107,9 +107,9 @@ def run_drawing(rank: int, config: Config, number: int) -> dict[int, list[float]
 
 
 def test_the_steps_of_a_resumed_run_draw_what_those_of_an_unbroken_one_draw(tmp_path: Path) -> None:
-    """Stopped in the middle of an epoch, after an odd number of draws; loaders are processes, which are seeded too."""
+    """Stopped in the middle of an epoch, after an odd number of draws; the loader is made anew, and draws elsewhere."""
     make_dataset(tmp_path / "data", train=50, val=4, test=4)
-    overrides = ("train.save_every=5", "train.zero_stage=1", "data.workers=1", "mining.queue=32", "mining.warmup=0")
+    overrides = ("train.save_every=5", "train.zero_stage=1", "mining.queue=32", "mining.warmup=0")
     whole = tiny_config(tmp_path, *overrides)
     unbroken = run_ranks(run_drawing, 2, whole, 1000)
     resumed = stop_after(whole, 5, tmp_path / "resumed")
