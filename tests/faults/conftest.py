@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.table import table
 from tests.faults.trial import RESULTS, Lab
 
 
@@ -17,17 +18,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not RESULTS:
         return
-    rows = []
-    for name, results in RESULTS.items():
-        good = sum(not result.wrong for result in results)
-        lost = [result.lost for result in results]
-        rows.append((name, str(len(results)), str(good), f"{min(lost)} to {max(lost)}", f"{good} of {len(results)}"))
-    header = ("fault", "tries", "survived", "steps lost", "identical")
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     terminalreporter.section("faults")
-    for row in [header, tuple("-" * width for width in widths), *rows]:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        terminalreporter.write_line("| " + " | ".join(cells) + " |")
+    for line in table(RESULTS):
+        terminalreporter.write_line(line)
     if path := os.environ.get("FAULTS_JSON"):
-        found = {name: [vars(result) for result in results] for name, results in RESULTS.items()}
+        found = {name: [result.facts() for result in results] for name, results in RESULTS.items()}
         Path(path).write_text(json.dumps(found, indent=1) + "\n")

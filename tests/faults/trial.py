@@ -1,36 +1,75 @@
 """One try of a fault: start a run, harm it, start it again, and compare it with one that was never broken."""
 
 import json
+import random
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, NamedTuple
 
 from tests.data.tiny import make_dataset
-from tests.faults.ranks import Ranks
-from tracekin import checkpoint
+from tests.faults.ranks import Ranks, Torchrun, start_server
+from tests.train.same import differing
 
 STEPS, EPOCH, INTERVAL = 40, 10, 4
 """Steps of a run, of an epoch, and between checkpoints."""
 SAME = ("step", "loss", "loss_byol", "loss_mined", "lr", "tau", "hit_rate", "target_std", "samples_digest", "nonfinite")
 
 
+class Form(NamedTuple):
+    """What a run is spread over."""
+
+    ranks: int
+    stage: int
+    """Of ZeRO."""
+
+
+def draw_form(chance: random.Random, *ranks: int) -> Form:
+    """One of so many ranks, at ZeRO 0, 1 or 2."""
+    return Form(chance.choice(ranks), chance.choice((0, 1, 2)))
+
+
 @dataclass
 class Result:
-    """What became of a try."""
+    """What became of a try; as it is made, of one that came to nothing."""
 
-    done: int
+    form: Form | None = None
+    done: int = 0
     """Steps that were done when the run broke."""
-    lost: int
-    """Of these, those that the resumed run had to do again."""
-    codes: list[int | None]
+    lost: int | None = None
+    """Of these, those that the resumed run had to do again; None where it did not come so far."""
+    codes: list[int | None] = field(default_factory=list)
     """Exit codes of the ranks as they broke; None for one that hung."""
+    finished: bool = False
+    """Whether the try came to its end."""
     wrong: list[str] = field(default_factory=list)
-    """What is not as it must be, in words."""
+    """How it ended or went on otherwise than it must, in words."""
+    identical: bool | None = False
+    """Whether all was compared with an unbroken run and is the same; None where that is not asked."""
+    difference: str = ""
+    said: list[str] = field(default_factory=list)
+    """By the ranks as they broke."""
+    said_again: list[str] = field(default_factory=list)
+    """By those of the start after it."""
+
+    @property
+    def survived(self) -> bool:
+        return self.finished and not self.wrong
+
+    def must(self, holds: bool, words: str) -> None:
+        """Note what is not as it must be."""
+        if not holds:
+            self.wrong.append(words)
+
+    def facts(self) -> dict[str, Any]:
+        """For a file: all but what was said."""
+        return {"survived": self.survived} | {k: v for k, v in vars(self).items() if not k.startswith("said")}
+
+    def described(self) -> str:
+        said = [text[-3000:] for text in (*self.said, *self.said_again)]
+        return "\n".join([f"{self.form}: codes {self.codes}", *self.wrong, self.difference, *said])
 
 
 RESULTS: dict[str, list[Result]] = defaultdict(list)
@@ -43,75 +82,83 @@ class Lab:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         make_dataset(folder / "data", train=240, val=4, test=4)
-        self.whole: dict[int, Path] = {}
-        self.seconds: dict[int, float] = {}
+        (folder / "run.yaml").write_text(CONFIG.format(manifest=folder / "data" / "manifest.json"))
+        self.whole: dict[Form, Path] = {}
+        self.seconds: dict[Form, float] = {}
 
-    def arguments(self, run: Path, *overrides: str) -> list[str]:
-        return [
-            "pretrain",
-            str(self.folder / "run.yaml"),
-            f"folder={run.parent}",
-            f"name={run.name}",
-            *overrides,
-        ]
+    def new(self, what: str) -> Path:
+        """A path that nothing has yet."""
+        return self.folder / f"{what}-{time.monotonic_ns()}"
 
-    def unbroken(self, world_size: int) -> Path:
-        """The run of so many ranks that nothing happened to, made at the first call."""
-        if world_size not in self.whole:
-            if not self.whole:
-                (self.folder / "run.yaml").write_text(CONFIG.format(manifest=self.folder / "data" / "manifest.json"))
-            run = self.folder / f"whole-{world_size}"
-            began = time.monotonic()
-            codes = Ranks(world_size, self.arguments(run), self.folder / "log.txt").wait()
-            assert codes == [0] * world_size, (self.folder / "log.txt").read_text()[-3000:]
-            self.whole[world_size], self.seconds[world_size] = run, time.monotonic() - began
-        return self.whole[world_size]
+    def arguments(self, run: Path, form: Form, *overrides: str) -> list[str]:
+        own = (f"folder={run.parent}", f"name={run.name}", f"train.zero_stage={form.stage}")
+        return ["pretrain", str(self.folder / "run.yaml"), *own, *overrides]
+
+    def start(
+        self, form: Form, run: Path, *overrides: str, launcher: type[Ranks | Torchrun] = Ranks, **how: Any
+    ) -> Any:
+        """Start a run with these overrides and what else its launcher takes."""
+        return launcher(form.ranks, self.arguments(run, form, *overrides), self.folder / f"{run.name}.said", **how)
+
+    def unbroken(self, form: Form) -> Path:
+        """The run that nothing happened to, made at the first call."""
+        if form not in self.whole:
+            start_server()  # which takes seconds that are no run's
+            run, began = self.folder / f"whole-{form.ranks}-{form.stage}", time.monotonic()
+            ranks = self.start(form, run)
+            codes = ranks.wait()
+            assert codes == [0] * form.ranks, ranks.said()
+            self.whole[form], self.seconds[form] = run, time.monotonic() - began
+        return self.whole[form]
 
     def attempt(
         self,
-        world_size: int,
-        break_it: Callable[[Ranks, Path], None],
+        form: Form,
+        break_it: Callable[[Any, Path], None],
         *,
         codes: set[int],
         run: Path | None = None,
         overrides: tuple[str, ...] = (),
         between: Callable[[Path], None] = lambda run: None,
-        **start: Any,
+        launcher: type[Ranks | Torchrun] = Ranks,
+        **how: Any,
     ) -> Result:
         """Start, ``break_it``, start again; compare.
 
         Args:
-            world_size: ranks.
+            form: ranks and ZeRO stage of both starts.
             break_it: given the running ranks and the run's folder.
             codes: exit codes that the ranks may end with.
             run: its folder; one of its own by default.
             overrides: key=value of the first start alone.
             between: what happens to the run's folder between the two starts.
-            start: passed to the first ``Ranks``.
+            launcher: of both starts.
+            how: passed to the first start.
         """
-        whole = self.unbroken(world_size)
-        run = run or self.folder / f"run-{time.monotonic_ns()}"
-        log = self.folder / f"{run.name}.txt"
-        ranks = Ranks(world_size, self.arguments(run, *overrides), log, **start)
-        break_it(ranks, run)
+        whole, run = self.unbroken(form), run or self.new("run")
+        ranks = self.start(form, run, *overrides, launcher=launcher, **how)
+        try:
+            break_it(ranks, run)
+        except BaseException:
+            ranks.wait(0.0)  # which kills them
+            raise
         found = ranks.wait()
-        result, said = Result(last_step(run), 0, found), log.read_text()
-        if not set(found) <= codes:
-            result.wrong.append(f"exit codes {found}")
-        if left := ranks.left_behind():
-            result.wrong.append(f"left behind: {left}")
+        result = Result(form, last_step(run), codes=found, said=ranks.said())
+        result.must(set(found) <= codes, f"exit codes {found}")
+        left = ranks.left_behind()
+        result.must(not left, f"left behind: {left}")
         between(run)
         if set(found) != {0}:
-            again = Ranks(world_size, self.arguments(run), log)
+            again = self.start(form, run, launcher=launcher)
             resumed = again.wait()
-            if resumed != [0] * world_size:
-                result.wrong.append(f"the resumed run ended with {resumed}")
-            if left := again.left_behind():
-                result.wrong.append(f"left behind: {left}")
+            result.said_again = again.said()
+            result.must(set(resumed) == {0}, f"the resumed run ended with {resumed}")
+            left = again.left_behind()
+            result.must(not left, f"left behind: {left}")
             result.lost = max(0, result.done - resumed_from(run))
-        result.wrong += differences(whole, run)
-        if result.wrong:
-            result.wrong += [said[-3000:], log.read_text()[len(said) :][-3000:]]
+        result.finished = True
+        result.difference = difference(whole, run)
+        result.identical = not result.difference
         return result
 
 
@@ -126,10 +173,10 @@ monitor: {{wandb: disabled}}
 """
 
 
-def lines(run: Path) -> list[dict[str, Any]]:
-    """A run's metrics; a torn last line is left out."""
+def lines(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Lines of a file of a run; a torn last line is left out."""
     try:
-        text = (run / "metrics.jsonl").read_text()
+        text = (run / name).read_text()
     except OSError:
         return []
     found = []
@@ -146,19 +193,16 @@ def last_step(run: Path) -> int:
 
 
 def resumed_from(run: Path) -> int:
-    starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
-    return next(int(line["step"]) for line in reversed(starts) if line["event"] == "start")
+    return next(int(line["step"]) for line in reversed(lines(run, "starts.jsonl")) if line["event"] == "start")
 
 
-def differences(whole: Path, run: Path) -> list[str]:
+def difference(whole: Path, run: Path) -> str:
     """What tells a run from an unbroken one: losses and samples of every step, and all that was saved at the end."""
     one, other = ([[line[key] for key in SAME] for line in lines(path)] for path in (whole, run))
-    if one != other:
+    if one != other or len(one) != STEPS:
         first = next((a for a, b in zip(one, other, strict=False) if a != b), None)
-        return [f"metrics differ, first at {first}; {len(other)} lines instead of {len(one)}"]
+        return f"metrics differ, first at {first}; {len(other)} lines instead of {len(one)}"
     last = [path / "checkpoints" / f"step-{STEPS:08d}" for path in (whole, run)]
-    for part in ("model", "optimiser", "queue"):
-        before, after = (checkpoint.load_part(path, part) for path in last)
-        if before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before):
-            return [f"{part} differs after the last step"]
-    return []
+    if names := differing(*last):
+        return f"after the last step {len(names)} tensors differ: {', '.join(names[:9])}"
+    return ""

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from tests.data.tiny import make_dataset
 from tests.ranks import run_ranks
+from tests.train.same import differing
 from tests.train.test_run import metrics, stop_after, tiny_config
 from tests.train.tiny_run import tiny_backbone
+from tracekin import checkpoint
 from tracekin.config import Config
 
 Form = tuple[int, int]
@@ -24,7 +26,8 @@ NAMED: list[tuple[Form, Form]] = [
     ((4, 2), (1, 0)),
 ]
 """Every form once on each side; make faults takes all 81 pairs."""
-STEPS, SAVED = 20, 10
+STEPS, EPOCH, SAVED = 20, 10, 7
+"""Of a run and of an epoch; those after which a run was stopped, in the middle of one."""
 
 
 def run_all(rank: int, configs: Sequence[Config]) -> None:
@@ -40,10 +43,11 @@ def run_pairs(folder: Path, pairs: Sequence[tuple[Form, Form]]) -> dict[tuple[Fo
     """Stop runs of ``STEPS`` steps after ``SAVED`` and resume them in other worlds; what differs, in words, if any.
 
     A resumed run is compared with the unbroken one of its first world: the samples and, to a relative 1e-4, the losses
-    of all steps; bit for bit where the world is the same.
+    of all steps; where the world is the same, these and the whole last checkpoint bit for bit.
     """
     make_dataset(folder / "data", train=160, val=4, test=4)
     fixed = ("train.log_every=1", "train.epochs=2", "train.keep_checkpoints=99", "mining.warmup=0", "mining.queue=32")
+    fixed += (f"train.save_every={SAVED}",)
     forms = sorted({form for pair in pairs for form in pair})
 
     def config(form: Form, name: str) -> Config:
@@ -74,15 +78,17 @@ def difference(whole: Config, resumed: Config, exact: bool) -> str:
         bound = 0 if exact else 1e-4 * abs(before["loss"])
         if abs(before["loss"] - after["loss"]) > bound:
             return f"loss {after['loss']} instead of {before['loss']} in step {before['step']}"
-    return ""
+    last = [config.run_folder / "checkpoints" / f"step-{STEPS:08d}" for config in (whole, resumed)]
+    return ", ".join(differing(*last)) if exact else ""
 
 
 def test_nine_pairs_of_worlds(tmp_path: Path) -> None:
+    assert SAVED % EPOCH
     assert run_pairs(tmp_path, NAMED) == dict.fromkeys(NAMED, "")
 
 
 def test_a_difference_is_seen(tmp_path: Path) -> None:
-    """Resumed with another seed the images differ, with another learning rate the losses."""
+    """With another seed the images differ, with another learning rate the losses, and in a checkpoint one bit does."""
     make_dataset(tmp_path / "data", train=160, val=4, test=4)
     made = tiny_config(tmp_path, "train.log_every=1", "train.epochs=2", "mining.policy=none")
     changed = [
@@ -93,3 +99,10 @@ def test_a_difference_is_seen(tmp_path: Path) -> None:
     assert difference(made, changed[0], False) == "other images in step 1"
     assert difference(made, changed[1], False).startswith("loss ")
     assert difference(made, made, True) == ""
+    flipped = stop_after(made, STEPS, tmp_path / "flipped")
+    last = flipped.run_folder / "checkpoints" / f"step-{STEPS:08d}"
+    parts = {part: checkpoint.load_part(last, part) for part in ("model", "optimiser", "ranks")}
+    parts["ranks"]["torch"][0, -1] ^= 1
+    checkpoint.save(flipped.run_folder, STEPS, parts, {})
+    assert difference(made, flipped, False) == ""
+    assert difference(made, flipped, True) == "ranks.torch"

@@ -78,13 +78,16 @@ def test_a_loss_that_is_no_number_costs_its_step_alone(whole: Config, tmp_path: 
     assert all(reader.key(image["number"]) == image["key"] for line in told for image in line["images"])
 
 
-def test_a_refused_step_leaves_everything_as_it_was(whole: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_refused_step_leaves_everything_as_it_was(whole: Config, tmp_path: Path, stage: int) -> None:
     """The checkpoint after a refused step holds what the one before it held, but for the images of the queue."""
-    config = replace(whole, folder=str(tmp_path), train=replace(whole.train, save_every=1, keep_checkpoints=99))
+    train = replace(whole.train, save_every=1, keep_checkpoints=99, zero_stage=stage)
+    config = replace(whole, folder=str(tmp_path), train=train)
     run_ranks(run_with, 2, config, "nan", 0, (11,))
     before, after = (config.run_folder / "checkpoints" / f"step-{step:08d}" for step in (11, 12))
     for part in ("model", "optimiser"):
         old, new = checkpoint.load_part(before, part), checkpoint.load_part(after, part)
+        assert old.keys() == new.keys()
         assert all(torch.equal(old[name], new[name]) for name in old)
     queue = checkpoint.load_part(after, "queue")
     assert queue["step"][: queue["written"]].unique().tolist() == [10]
@@ -95,8 +98,11 @@ def test_too_many_in_a_row_end_all_ranks_and_the_last_checkpoint_goes_on(whole: 
     said = run_ranks(run_with, 2, config, "nan", 0, (7, 8, 9))
     assert said[0] == said[1]
     assert all(word in said[0] for word in ("DivergedError", "3 steps in a row", "step-00000006", "nonfinite.jsonl"))
+    named = config.run_folder / "nonfinite.jsonl"
+    assert [json.loads(line)["step"] for line in named.read_text().splitlines()] == [8, 8, 9, 9, 10, 10]
     run_ranks(run, 2, config)  # whatever it was has passed
     assert_same_end(whole, config)
+    assert named.read_text() == ""  # the steps were accepted after all
 
 
 @pytest.mark.parametrize(
