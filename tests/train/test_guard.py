@@ -93,6 +93,14 @@ def test_a_refused_step_leaves_everything_as_it_was(whole: Config, tmp_path: Pat
     assert queue["step"][: queue["written"]].unique().tolist() == [10]
 
 
+def test_a_checkpoint_due_at_a_refused_step_comes_with_the_next_one(whole: Config, tmp_path: Path) -> None:
+    config = replace(whole, folder=str(tmp_path), train=replace(whole.train, save_every=0, keep_checkpoints=9))
+    run_ranks(run_with, 2, config, "nan", 0, (8,))  # the last of the third epoch
+    lasting = checkpoint.complete(config.run_folder, lasting=True)
+    assert [path.name[-2:] for path in lasting] == ["03", "06", "10", "12"]
+    assert checkpoint.load_state(lasting[2])["epochs"] == 3
+
+
 def test_too_many_in_a_row_end_all_ranks_and_the_last_checkpoint_goes_on(whole: Config, tmp_path: Path) -> None:
     config = replace(whole, folder=str(tmp_path))
     said = run_ranks(run_with, 2, config, "nan", 0, (7, 8, 9))
