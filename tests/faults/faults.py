@@ -239,10 +239,10 @@ def wandb_away(lab: Lab, chance: Chance, *, how: str) -> Result:
 
 
 FAULTS = [
-    Fault("SIGKILL of one rank, at random", partial(kill_at_random, everyone=False), 10, 1),
-    Fault("SIGKILL of all ranks, at random", partial(kill_at_random, everyone=True), 10),
+    Fault("SIGKILL of one rank, at random", partial(kill_at_random, everyone=False), 8, 1),
+    Fault("SIGKILL of all ranks, at random", partial(kill_at_random, everyone=True), 6),
     Fault("SIGKILL of rank 0 inside a save", partial(kill_inside_a_save, everyone=False), 4),
-    Fault("SIGKILL of all inside a save", partial(kill_inside_a_save, everyone=True), 6, 1),
+    Fault("SIGKILL of all inside a save", partial(kill_inside_a_save, everyone=True), 5, 1),
     Fault("TERM, skewed between ranks", partial(skewed_signals, number=signal.SIGTERM, code=TRY_AGAIN), 4, 0, 0),
     Fault("USR2, skewed between ranks", partial(skewed_signals, number=signal.SIGUSR2, code=TRY_AGAIN), 4, 1, 0),
     Fault("Ctrl-C once", partial(skewed_signals, number=signal.SIGINT, code=INTERRUPTED), 2, 0, 0),
