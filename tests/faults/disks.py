@@ -1,6 +1,5 @@
 """Faults of the disk: it fills up, or can no longer be written. Each mounts a small file system of its own."""
 
-import random
 import subprocess
 import time
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.harm import Gate, hold_before_step
-from tests.faults.trial import EPOCH, Lab, Result, draw_form, last_step
+from tests.faults.trial import EPOCH, Chance, Lab, Result, last_step
 from tests.faults.waiting import wait_until
 from tracekin import checkpoint
 
@@ -40,9 +39,9 @@ def _fill(disk: Path, slack: int) -> None:
         file.truncate(max(0, file.tell() - slack))
 
 
-def full_for_a_checkpoint(lab: Lab, chance: random.Random, *, again: bool = False) -> Result:
+def full_for_a_checkpoint(lab: Lab, chance: Chance, *, again: bool = False) -> Result:
     """Room for lines, and for no checkpoint; ``again``: at the next start, which ends too, there is none at all."""
-    form = draw_form(chance, 2)
+    form = chance.form(2)
     after = chance.randrange(5, 15)
 
     def fill(ranks: Any, run: Path) -> None:
@@ -71,7 +70,7 @@ def full_for_a_checkpoint(lab: Lab, chance: random.Random, *, again: bool = Fals
     return result
 
 
-def full_for_a_line(lab: Lab, chance: random.Random) -> Result:
+def full_for_a_line(lab: Lab, chance: Chance) -> Result:
     """No room at all from one epoch's end on, so that a line of metrics fails before the next checkpoint could."""
     gate = Gate(str(lab.new("gate")))
     harm = partial(hold_before_step, step=EPOCH, gate=gate)
@@ -85,7 +84,7 @@ def full_for_a_line(lab: Lab, chance: random.Random) -> Result:
 
     with _disk(lab, 8) as disk:
         result = lab.attempt(
-            draw_form(chance, 2),
+            chance.form(2),
             fill,
             codes={2, TRY_AGAIN},
             run=disk / "run",
@@ -98,7 +97,7 @@ def full_for_a_line(lab: Lab, chance: random.Random) -> Result:
     return result
 
 
-def read_only(lab: Lab, chance: random.Random) -> Result:
+def read_only(lab: Lab, chance: Chance) -> Result:
     def remount(disk: Path, how: str) -> bool:
         words = ["mount", "-i", "-o", f"remount,{how}", str(disk)]
         return subprocess.run(words, capture_output=True, check=False).returncode == 0
@@ -115,7 +114,7 @@ def read_only(lab: Lab, chance: random.Random) -> Result:
         assert remount(run.parent, "rw")
 
     with _disk(lab, 32) as disk:
-        result = lab.attempt(draw_form(chance, 2), freeze, codes={2, TRY_AGAIN}, run=disk / "run", between=thaw)
+        result = lab.attempt(chance.form(2), freeze, codes={2, TRY_AGAIN}, run=disk / "run", between=thaw)
     result.must(result.codes[0] == 2, "rank 0 did not end with 2")
     _must_end_in_a_line(result, result.said[0], "cannot write")
     return result

@@ -1,7 +1,6 @@
 """The faults: each is a function that makes one try in a ``Lab`` and returns what became of it."""
 
 import os
-import random
 import shutil
 import signal
 import time
@@ -15,7 +14,7 @@ from typing import NamedTuple
 from tests.faults.disks import full_for_a_checkpoint, full_for_a_line, read_only
 from tests.faults.harm import SAVE_OPERATIONS, Gate, flip_weight, hold_in_a_save, no_number, sleep_for_ever
 from tests.faults.ranks import Ranks, Torchrun, ended
-from tests.faults.trial import INTERVAL, Form, Lab, Result, draw_form, last_step, lines
+from tests.faults.trial import INTERVAL, Chance, Form, Lab, Result, last_step, lines
 from tests.faults.waiting import wait_until
 from tests.launch.wandb_server import environment_of, unreachable, wandb_server
 from tracekin import checkpoint
@@ -28,7 +27,7 @@ FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 
 class Fault(NamedTuple):
     name: str
-    attempt: Callable[[Lab, random.Random], Result]
+    attempt: Callable[[Lab, Chance], Result]
     tries: int
     """In make faults."""
     quick: int = 0
@@ -37,9 +36,9 @@ class Fault(NamedTuple):
     """Steps that it may cost: an interval, and the steps while a checkpoint was still being written."""
 
 
-def kill_at_random(lab: Lab, chance: random.Random, *, everyone: bool) -> Result:
+def kill_at_random(lab: Lab, chance: Chance, *, everyone: bool) -> Result:
     """At a moment of a start, its first imports and the first steps included; if the run was faster, at an earlier."""
-    form = draw_form(chance, 2, 3, 4)
+    form = chance.form(2, 3, 4)
     lab.unbroken(form)
     moment, victim = chance.uniform(0.05, 0.95) * lab.seconds[form], chance.randrange(form.ranks)
 
@@ -58,7 +57,7 @@ def kill_at_random(lab: Lab, chance: random.Random, *, everyone: bool) -> Result
         moment /= 2
 
 
-def kill_inside_a_save(lab: Lab, chance: random.Random, *, everyone: bool) -> Result:
+def kill_inside_a_save(lab: Lab, chance: Chance, *, everyone: bool) -> Result:
     """Rank 0, which writes, or all: while it writes one of the files, or waits for one on the disk."""
     gate = Gate(str(lab.new("gate")))
     held = partial(hold_in_a_save, step=chance.randrange(1, 30), operation=chance.randrange(SAVE_OPERATIONS), gate=gate)
@@ -69,12 +68,12 @@ def kill_inside_a_save(lab: Lab, chance: random.Random, *, everyone: bool) -> Re
         ranks.kill(*(() if everyone else (0,)))
         assert list((run / "checkpoints").glob(".step-*.partial")), "no save was under way"
 
-    return lab.attempt(draw_form(chance, 2), harm, codes=LOST, harm=held)
+    return lab.attempt(chance.form(2), harm, codes=LOST, harm=held)
 
 
-def skewed_signals(lab: Lab, chance: random.Random, *, number: int, code: int) -> Result:
+def skewed_signals(lab: Lab, chance: Chance, *, number: int, code: int) -> Result:
     """Ranks hear of it one after another, up to half a second apart, the last one maybe never."""
-    form, after = draw_form(chance, 2, 4), chance.randrange(1, 25)
+    form, after = chance.form(2, 4), chance.randrange(1, 25)
     order = chance.sample(range(form.ranks), form.ranks)
 
     def harm(ranks: Ranks, run: Path) -> None:
@@ -86,7 +85,7 @@ def skewed_signals(lab: Lab, chance: random.Random, *, number: int, code: int) -
     return lab.attempt(form, harm, codes={code})
 
 
-def ctrl_c_twice(lab: Lab, chance: random.Random) -> Result:
+def ctrl_c_twice(lab: Lab, chance: Chance) -> Result:
     """The second one ends a rank that waits for ever, as nothing else would before the watchdog."""
 
     def harm(ranks: Ranks, run: Path) -> None:
@@ -97,10 +96,10 @@ def ctrl_c_twice(lab: Lab, chance: random.Random) -> Result:
                 ranks.signal(rank, signal.SIGINT)
             time.sleep(1)
 
-    return lab.attempt(draw_form(chance, 2), harm, codes={INTERRUPTED}, harm=partial(sleep_for_ever, step=7))
+    return lab.attempt(chance.form(2), harm, codes={INTERRUPTED}, harm=partial(sleep_for_ever, step=7))
 
 
-def ctrl_c_through_torchrun(lab: Lab, chance: random.Random) -> Result:
+def ctrl_c_through_torchrun(lab: Lab, chance: Chance) -> Result:
     """One Ctrl-C at a terminal: the ranks save and end by themselves, in the time that torchrun gives them."""
     run, after = lab.new("run"), chance.randrange(1, 25)
     stopped: list[list[str]] = []
@@ -112,7 +111,7 @@ def ctrl_c_through_torchrun(lab: Lab, chance: random.Random) -> Result:
     def between(run: Path) -> None:
         stopped.append([path.name for path in checkpoint.complete(run)])
 
-    form = draw_form(chance, 2)
+    form = chance.form(2)
     result = lab.attempt(form, ctrl_c, codes={1}, run=run, between=between, launcher=Torchrun)
     for rank in range(form.ranks):
         result.must(ended(rank, INTERRUPTED) in result.said[0], f"rank {rank} did not end by itself with {INTERRUPTED}")
@@ -123,7 +122,7 @@ def ctrl_c_through_torchrun(lab: Lab, chance: random.Random) -> Result:
     return result
 
 
-def damaged_checkpoint(lab: Lab, chance: random.Random, *, damage: str) -> Result:
+def damaged_checkpoint(lab: Lab, chance: Chance, *, damage: str) -> Result:
     """All ranks are killed, and the newest checkpoint is not what it was."""
     after = chance.randrange(10, 30)
 
@@ -143,18 +142,18 @@ def damaged_checkpoint(lab: Lab, chance: random.Random, *, damage: str) -> Resul
         else:
             (run / "checkpoints" / "latest").write_text("")
 
-    return lab.attempt(draw_form(chance, 2), harm, codes={KILLED}, between=between)
+    return lab.attempt(chance.form(2), harm, codes={KILLED}, between=between)
 
 
-def asleep_for_ever(lab: Lab, chance: random.Random) -> Result:
+def asleep_for_ever(lab: Lab, chance: Chance) -> Result:
     """A rank that sleeps before a collective. The watchdog ends all."""
     asleep = partial(sleep_for_ever, step=chance.randrange(3, 30), victim=chance.randrange(2))
     impatient = ("guard.stall_seconds=4",)
-    form = draw_form(chance, 2)
+    form = chance.form(2)
     return lab.attempt(form, lambda ranks, run: None, codes={TRY_AGAIN}, overrides=impatient, harm=asleep)
 
 
-def stopped_for_ever(lab: Lab, chance: random.Random) -> Result:
+def stopped_for_ever(lab: Lab, chance: Chance) -> Result:
     """A rank that the system has stopped. The watchdog ends the others; it is killed, as a launcher does."""
     victim = chance.randrange(2)
 
@@ -165,10 +164,10 @@ def stopped_for_ever(lab: Lab, chance: random.Random) -> Result:
         assert ranks.processes[1 - victim].exitcode == TRY_AGAIN, "the watchdog did not end the other rank"
         ranks.kill(victim)
 
-    return lab.attempt(draw_form(chance, 2), harm, codes=LOST, overrides=("guard.stall_seconds=4",))
+    return lab.attempt(chance.form(2), harm, codes=LOST, overrides=("guard.stall_seconds=4",))
 
 
-def not_a_number(lab: Lab, chance: random.Random) -> Result:
+def not_a_number(lab: Lab, chance: Chance) -> Result:
     """Three steps in a row whose loss is no number on one rank: the run ends and goes on from the last checkpoint."""
     run, step = lab.new("run"), chance.randrange(3, 30)
     harm = partial(no_number, first=step, victim=chance.randrange(2))
@@ -178,16 +177,16 @@ def not_a_number(lab: Lab, chance: random.Random) -> Result:
         assert named == [(s + 1, rank, 12) for s in range(step, step + 3) for rank in range(2)], named
 
     result = lab.attempt(
-        draw_form(chance, 2), lambda ranks, run: None, codes={1}, run=run, harm=harm, between=refused_are_named
+        chance.form(2), lambda ranks, run: None, codes={1}, run=run, harm=harm, between=refused_are_named
     )
     stay = [line["step"] for line in lines(run, "nonfinite.jsonl")]
     result.must(not stay, f"nonfinite.jsonl still names steps that were accepted after all: {stay}")
     return result
 
 
-def flipped_weight(lab: Lab, chance: random.Random, *, stage: int | None = None) -> Result:
+def flipped_weight(lab: Lab, chance: Chance, *, stage: int | None = None) -> Result:
     """One bit of one weight of one rank, after a step. At ZeRO 1 and 2 it lasts until the next step's end alone."""
-    form, step = draw_form(chance, 2), chance.randrange(3, 30)
+    form, step = chance.form(2), chance.randrange(3, 30)
     if stage is None:  # right before a save, which compares
         step = step // INTERVAL * INTERVAL + INTERVAL - 1
     else:
@@ -196,7 +195,7 @@ def flipped_weight(lab: Lab, chance: random.Random, *, stage: int | None = None)
     return lab.attempt(form, lambda ranks, run: None, codes={TRY_AGAIN}, harm=harm)
 
 
-def jumping_clock(lab: Lab, chance: random.Random, *, killed: bool) -> Result:
+def jumping_clock(lab: Lab, chance: Chance, *, killed: bool) -> Result:
     """The ranks' clocks jump by days, forwards and back, and nothing notices; ``killed``: but a SIGKILL of all."""
     stamp = lab.folder / "faketime"
     stamp.write_text("+0")
@@ -217,10 +216,10 @@ def jumping_clock(lab: Lab, chance: random.Random, *, killed: bool) -> Result:
     environment = {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(stamp), "FAKETIME_NO_CACHE": "1"}
     environment |= {"DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}
     codes = {KILLED} if killed else {0}
-    return lab.attempt(draw_form(chance, 2), harm, codes=codes, command=True, environment=environment)
+    return lab.attempt(chance.form(2), harm, codes=codes, command=True, environment=environment)
 
 
-def wandb_away(lab: Lab, chance: random.Random, *, how: str) -> Result:
+def wandb_away(lab: Lab, chance: Chance, *, how: str) -> Result:
     """An online run whose server refuses, takes connections and never answers, is slow, or goes away."""
     online = ("monitor.wandb=online", "monitor.init_seconds=3", "monitor.finish_seconds=2")
     with ExitStack() as stack:
@@ -235,15 +234,15 @@ def wandb_away(lab: Lab, chance: random.Random, *, how: str) -> Result:
                 wait_until(ranks, lambda: last_step(run) >= 9)
                 server.answering.clear()
 
-        form, environment = draw_form(chance, 2), environment_of(url)
+        form, environment = chance.form(2), environment_of(url)
         return lab.attempt(form, harm, codes={0}, overrides=online, environment=environment)
 
 
 FAULTS = [
-    Fault("SIGKILL of one rank, at random", partial(kill_at_random, everyone=False), 10, 1),
-    Fault("SIGKILL of all ranks, at random", partial(kill_at_random, everyone=True), 10),
+    Fault("SIGKILL of one rank, at random", partial(kill_at_random, everyone=False), 8, 1),
+    Fault("SIGKILL of all ranks, at random", partial(kill_at_random, everyone=True), 6),
     Fault("SIGKILL of rank 0 inside a save", partial(kill_inside_a_save, everyone=False), 4),
-    Fault("SIGKILL of all inside a save", partial(kill_inside_a_save, everyone=True), 6, 1),
+    Fault("SIGKILL of all inside a save", partial(kill_inside_a_save, everyone=True), 5, 1),
     Fault("TERM, skewed between ranks", partial(skewed_signals, number=signal.SIGTERM, code=TRY_AGAIN), 4, 0, 0),
     Fault("USR2, skewed between ranks", partial(skewed_signals, number=signal.SIGUSR2, code=TRY_AGAIN), 4, 1, 0),
     Fault("Ctrl-C once", partial(skewed_signals, number=signal.SIGINT, code=INTERRUPTED), 2, 0, 0),

@@ -3,14 +3,13 @@
 ``make test`` makes a few tries, ``make faults`` (pytest --faults) all of them and prints a table.
 """
 
-import random
 from pathlib import Path
 
 import pytest
 
 from tests.faults.faults import FAULTS, Fault, lacking
 from tests.faults.table import table
-from tests.faults.trial import RESULTS, Lab, Result
+from tests.faults.trial import RESULTS, Chance, Lab, Result
 from tests.train.test_elastic import run_pairs
 
 SAME_WORLD, OTHER_WORLD = "resumed in the same world", "resumed in another world"
@@ -28,7 +27,7 @@ def test_a_fault_is_survived(lab: Lab, fault: Fault, number: int) -> None:
         pytest.skip(f"{fault.name} needs {lack}")
     result = Result()  # of a try that raises: neither survived nor identical
     try:
-        result = fault.attempt(lab, random.Random(f"{fault.name}-{number}"))
+        result = fault.attempt(lab, Chance(fault.name, number))
         result.must(result.lost is None or result.lost <= fault.most_lost, f"lost more than {fault.most_lost} steps")
     finally:
         RESULTS[fault.name].append(result)

@@ -3,6 +3,7 @@
 import json
 import random
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,9 +27,17 @@ class Form(NamedTuple):
     """Of ZeRO."""
 
 
-def draw_form(chance: random.Random, *ranks: int) -> Form:
-    """One of so many ranks, at ZeRO 0, 1 or 2."""
-    return Form(chance.choice(ranks), chance.choice((0, 1, 2)))
+class Chance(random.Random):
+    """What a try draws its details from: the same whenever it is made again."""
+
+    def __init__(self, name: str, number: int) -> None:
+        super().__init__(f"{name}-{number}")
+        self.stage = (zlib.crc32(name.encode()) + number) % 3
+        self.first = number == 0
+
+    def form(self, *ranks: int) -> Form:
+        """The stages take turns over a fault's tries; ranks are drawn, but that the first try takes the first."""
+        return Form(ranks[0] if self.first else self.choice(ranks), self.stage)
 
 
 @dataclass
