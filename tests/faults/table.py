@@ -8,8 +8,9 @@ HEADER = ("fault", "tries", "survived", "steps lost", "identical")
 LEGEND = (
     "survived: it ended as it must, left no process behind, lost no more steps than",
     "it may, and the same command went on to the end. identical: all steps and the",
-    "whole last checkpoint equal those of an unbroken run, bit for bit. -: not asked;",
-    "resumed in another world: the same images, losses to a relative 1e-4.",
+    "whole last checkpoint equal those of an unbroken run, bit for bit. -: not asked.",
+    "resumed: a run cut back to a checkpoint in the middle of an epoch went on to the",
+    "end; in another world with the same images and losses, to a relative 1e-4.",
 )
 
 

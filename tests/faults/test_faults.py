@@ -47,7 +47,7 @@ def test_every_pair_of_worlds(tmp_path: Path, request: pytest.FixtureRequest) ->
     finally:
         for pair in pairs:
             same, wrong = pair[0] == pair[1], found.get(pair, "it did not come so far")
-            result = Result(lost=None if wrong else 0, finished=True, identical=not wrong if same else None)
+            result = Result(finished=True, identical=not wrong if same else None)
             result.must(not wrong, wrong)
             RESULTS[SAME_WORLD if same else OTHER_WORLD].append(result)
     assert not any(found.values()), {pair: wrong for pair, wrong in found.items() if wrong}
