@@ -33,6 +33,7 @@ from tracekin.train.guard import Collapse, Fingerprint, Refusals, is_finite, sam
 from tracekin.train.miner import Miner
 from tracekin.train.optimiser import peak_lr
 from tracekin.train.preemption import Flag, signals_raise_a_flag
+from tracekin.train.randomness import seed_generators
 from tracekin.train.record import gallery_pairs, line, measure
 from tracekin.train.reporter import Reporter
 from tracekin.train.saver import Saver
@@ -109,7 +110,7 @@ class _Run:
         self.shuffle = shuffle_of(config.data, config.seed, config.train.global_batch)
         self.steps_per_epoch = num_steps_per_epoch(manifest.count("train"), self.shuffle)
         self.num_steps = config.train.epochs * self.steps_per_epoch
-        torch.manual_seed(config.seed)
+        seed_generators(config.seed)
         online = Online(config.model, config.data.channels, config.train.precision == "bf16").to(device)
         self.initial = None
         if config.init.from_ is not None and not checkpoint.complete(self.folder):

@@ -14,6 +14,13 @@ from torch import Tensor
 from tracekin.distributed import collectives
 
 
+def seed_generators(seed: int) -> None:
+    """Begin all generators of this process anew."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def gather_random_state(device: torch.device) -> dict[str, Tensor]:
     """The generators' state of all ranks, a row a rank: torch, cuda (on CUDA), python, numpy. Collective."""
     return {name: collectives.gather(state[None].to(device)).cpu() for name, state in _random_state(device).items()}
