@@ -7,6 +7,7 @@ server that has imported torch and DeepSpeed once, or started anew, by hand or b
 import multiprocessing
 import os
 import secrets
+import select
 import signal
 import socket
 import subprocess
@@ -290,6 +291,10 @@ def _free_port() -> int:
 
 if __name__ == "__main__":
     number = int(os.environ["RANK"])
+    if "FAKETIME_TIMESTAMP_FILE" in os.environ:
+        # time.sleep waits for a moment of the monotonic clock, which libfaketime refuses where it fakes others alone;
+        # one rank sleeps while the other holds the lock of DeepSpeed's op.
+        time.sleep = lambda seconds: select.select([], [], [], seconds)  # type: ignore[assignment]
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         _rank(number, {}, sys.argv[2:], sys.argv[1], None)
     exit_code = _train(number, sys.argv[1:])
