@@ -15,10 +15,10 @@ from tracekin.distributed import collectives
 
 
 def seed_generators(seed: int) -> None:
-    """Begin all generators of this process anew."""
+    """Begin all generators of this process anew: torch's alike on all ranks, whose weights it draws, others apart."""
     torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
+    random.seed(seed + collectives.rank())
+    np.random.seed((seed + collectives.rank()) % 2**32)
 
 
 def gather_random_state(device: torch.device) -> dict[str, Tensor]:
