@@ -35,6 +35,7 @@ def test_a_fault_is_survived(lab: Lab, fault: Fault, number: int) -> None:
     assert result.identical, result.described()
 
 
+@pytest.mark.timeout(1500)  # 99 runs: minutes, on a slow machine many
 def test_every_pair_of_worlds(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Nine of them are in tests/train/test_elastic.py."""
     if not request.config.getoption("--faults"):

@@ -11,11 +11,8 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM)
 """INT is a user's Ctrl-C; USR2 comes ahead of a time limit or a preemption, TERM right before the kill. NCCL takes USR1
 for itself."""
-
-
 INSIST_SECONDS = 0.3
 """A second INT that comes sooner is the same wish: a launcher passes on what the terminal has sent already."""
-
 END = b"\0"
 """No signal's number."""
 
