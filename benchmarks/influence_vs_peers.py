@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.harness import arguments, compare, finish, peak_bytes, seconds
 from tracekin.influence import gradient_factors, pairwise_tracin
-from tracekin.model.byol import byol_loss
+from tracekin.objective.byol import byol_loss
 
 BOUNDS = {"captum": 1.3, "torch_func_memory": 100.0, "torch_func": 40.0}
 """At least these; the other candidate's cost over ours."""

@@ -54,7 +54,8 @@ from tracekin.influence.candidates import Block, Candidates
 from tracekin.influence.gradients import Factors, gradient_factors, normalised
 from tracekin.influence.mining import Mined
 from tracekin.influence.policies import POLICIES, choose
-from tracekin.model.byol import Online, Target
+from tracekin.model.networks import Target
+from tracekin.objective import build_online
 from tracekin.train.layers import Recorder, scaled
 from tracekin.train.optimiser import peak_lr
 from tracekin.train.schedule import lr_at
@@ -85,7 +86,7 @@ class Networks:
     """The run's networks, at any of its checkpoints."""
 
     def __init__(self, run: Config, device: torch.device) -> None:
-        self.online = Online(run.model, run.data.channels, run.train.precision == "bf16").to(device)
+        self.online = build_online(run).to(device)
         self.target = Target(self.online)
         self.online.backbone.requires_grad_(False)  # only the heads' gradients are asked for
         self.recorder = Recorder(self.online, run.mining.layers - 1)
@@ -100,7 +101,7 @@ class Networks:
     def project(self, views: Tensor) -> tuple[list[Factors], Tensor, Tensor]:
         """Factors of the heads' layers, the last one first, prediction [P, V, D] and target [P, V, D]."""
         with self.recorder.watching():
-            hidden_PVH, prediction_PVD = self.online(views)
+            hidden_PVH, prediction_PVD, _ = self.online(views)
         target_PVD = self.target(views)
         last = gradient_factors(hidden_PVH, prediction_PVD, target_PVD.flip(1))
         before = zip(self.recorder.hidden(), self.recorder.deltas(last.delta), strict=True)

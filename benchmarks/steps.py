@@ -15,8 +15,9 @@ from tracekin.config import Config
 from tracekin.data.batch import Batch
 from tracekin.distributed import collectives
 from tracekin.distributed.world import World
-from tracekin.model.byol import Online, Target, byol_loss
 from tracekin.monitor.metrics import Clock, Meter
+from tracekin.objective import build_objective, build_online
+from tracekin.objective.byol import byol_loss
 from tracekin.train.engine import build_engine, preflight, set_lr
 from tracekin.train.exchange import Exchange
 from tracekin.train.miner import Miner
@@ -49,8 +50,8 @@ def build_step(
     """
     preflight(device)
     torch.manual_seed(config.seed)
-    online = Online(config.model, config.data.channels, config.train.precision == "bf16").to(device)
-    target = Target(online)
+    online = build_online(config).to(device)
+    objective = build_objective(config, online)
     engine = build_engine(online, config.optimiser, config.train, world)
     engine.train()
     set_lr(engine, LR)
@@ -58,10 +59,10 @@ def build_step(
 
     @cache
     def miner(policy: str) -> Miner:
-        found = Miner(replace(config.mining, policy=policy), online, config.seed, world.local_size)  # type: ignore[arg-type]
+        found = Miner(replace(config.mining, policy=policy), objective, config.seed, world.local_size)  # type: ignore[arg-type]
         if found.history:  # as after a few epochs
             for _ in range(config.mining.checkpoints):
-                found.history.remember(online, target, LR)
+                found.history.remember(online, objective.target, LR)
         if exchange and found.policy:
             found.exchange = exchange(found)
         return found
@@ -69,7 +70,7 @@ def build_step(
     def step(policy: str, clock: Clock) -> Losses:
         losses = train_step(
             engine,
-            target,
+            objective,
             batch,
             miner(policy),
             tau=config.objective.tau_base,

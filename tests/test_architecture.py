@@ -18,8 +18,9 @@ ALLOWED = {
     "data": {"config", "files"},
     "influence": {"config"},
     "model": {"config", "distributed", "checkpoint"},
-    "train": LOWER | {"data", "model", "influence"},
-    "evaluate": LOWER | {"data", "model", "influence"},
+    "objective": {"config", "distributed", "model", "influence"},
+    "train": LOWER | {"data", "model", "influence", "objective"},
+    "evaluate": LOWER | {"data", "model", "influence", "objective"},
     "export": {"config", "files", "checkpoint", "data", "model"},
     "cli": {"config", "train", "evaluate", "export", "data", "distributed", "monitor"},
 }

@@ -26,7 +26,8 @@ from tracekin.data.manifest import Manifest
 from tracekin.influence.gradients import Factors, gradient_factors
 from tracekin.influence.mining import Mined
 from tracekin.influence.similarity import pairwise_tracin
-from tracekin.model.byol import Online, Target
+from tracekin.model.networks import Target
+from tracekin.objective import build_online
 
 NAN = float("nan")
 CLASSES, EACH = 4, 8
@@ -248,7 +249,7 @@ def write_run(config: Config, manifest: Manifest) -> None:
     for step in (3, 6):
         torch.manual_seed(step)
         with tiny_backbone():
-            online = Online(config.model, 3)
+            online = build_online(config)
         nets = {"online": online, "target": Target(online)}
         model = {f"{name}.{key}": value for name, net in nets.items() for key, value in net.state_dict().items()}
         state = {"dataset": manifest.fingerprint()}

@@ -141,9 +141,10 @@ def test_every_field_has_its_sentence() -> None:
     import ast
     import inspect
 
-    from tracekin.config import knobs as module
+    from tracekin.config import knobs, objectives
 
-    classes = {n.name: n for n in ast.parse(inspect.getsource(module)).body if isinstance(n, ast.ClassDef)}
+    nodes = [node for page in (knobs, objectives) for node in ast.parse(inspect.getsource(page)).body]
+    classes = {n.name: n for n in nodes if isinstance(n, ast.ClassDef)}
     undocumented = []
     for schema in (Config, EvaluateConfig, InfluenceConfig):
         stack = [schema]

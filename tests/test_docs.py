@@ -11,7 +11,7 @@ from tests.influence import naive
 from tests.train.tiny_run import context, global_batch, miner, networks
 from tracekin.config import Config, EvaluateConfig, load
 from tracekin.influence import POLICIES, Block, choose
-from tracekin.train.step import byol_with_mined_positives
+from tracekin.train.step import loss_with_mined_positives
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "shards" / "README.md"]
@@ -69,9 +69,9 @@ def test_the_example_of_a_policy_is_one_file_and_one_line(monkeypatch: pytest.Mo
 
     side = naive.of_policy("hidden_cosine", 12, seed=0)
     alone = choose("hidden_cosine", side, [Block(0, side)], seed=0, step=0, exclude_group=True)
-    online, target = networks(torch.float64)
-    inside = byol_with_mined_positives(
-        online, target, global_batch(torch.float64), miner(online, "hidden_cosine"), **context()
+    online, objective = networks(torch.float64)
+    inside = loss_with_mined_positives(
+        online, objective, global_batch(torch.float64), miner(objective, "hidden_cosine"), **context()
     ).found
     assert inside is not None
     for mined, rows in ((alone, side), (inside.mined, inside.rows)):

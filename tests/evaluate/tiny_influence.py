@@ -9,13 +9,24 @@ from torch import Tensor, nn
 
 from tracekin import checkpoint
 from tracekin.checkpoint import Keep
-from tracekin.config import Config, DataConfig, InfluenceConfig, ModelConfig, OptimiserConfig, load, to_yaml
+from tracekin.config import (
+    Config,
+    DataConfig,
+    InfluenceConfig,
+    ModelConfig,
+    OptimiserConfig,
+    TrainConfig,
+    load,
+    to_yaml,
+)
 from tracekin.data.augment import resolve, view
 from tracekin.data.manifest import SPLITS, Manifest
 from tracekin.data.reader import ShardReader
 from tracekin.data.stream import augmented_batches
 from tracekin.model.batch_norm import CrossRankBatchNorm
-from tracekin.model.byol import Online, Target, byol_loss
+from tracekin.model.networks import Online, Target
+from tracekin.objective import build_online
+from tracekin.objective.byol import byol_loss
 
 MODEL = ModelConfig(projector_hidden=12, projection=6, predictor_hidden=10)
 RATES = {3: 0.2, 6: 0.05}
@@ -33,13 +44,17 @@ def make_run(folder: Path, manifest: Manifest, rates: dict[int, float | None] = 
     views = next(augmented_batches(manifest, "train", data, seed=5, batch=manifest.count("train"), workers=0)).views
     for step, rate in rates.items():
         torch.manual_seed(step)
-        networks = {"online": Online(MODEL, 1), "target": Target(Online(MODEL, 1))}
+        networks = {"online": _online(), "target": Target(_online())}
         for network in networks.values():
             learn_statistics(network, views)
         tensors = {f"{name}.{key}": t for name, network in networks.items() for key, t in network.state_dict().items()}
         state = {"dataset": manifest.fingerprint()} | ({} if rate is None else {"lr": rate})
         checkpoint.save(folder, step, {"model": tensors, "optimiser": {}}, state, Keep(len(rates)))
     return folder
+
+
+def _online() -> Online:
+    return build_online(Config(data=DataConfig(channels=1), model=MODEL, train=TrainConfig(precision="fp32")))
 
 
 def learn_statistics(network: nn.Module, views: Tensor) -> None:
@@ -67,7 +82,7 @@ def naive_scores(run_folder: Path, manifest: Manifest, split: str, config: Influ
 def gradients(folder: Path, manifest: Manifest, split: str, config: InfluenceConfig) -> Tensor:
     """Each image's gradient of its own mean loss over the draws at the predictor's last layer, [images, parameters]."""
     run = load(Config, folder.parent.parent / "config.yaml")
-    online, target = Online(MODEL, 1), Target(Online(MODEL, 1))
+    online, target = _online(), Target(_online())
     online.load_state_dict(checkpoint.load_model(folder, "online."))
     target.load_state_dict(checkpoint.load_model(folder, "target."))
     online.double().eval()
@@ -80,7 +95,7 @@ def gradients(folder: Path, manifest: Manifest, split: str, config: InfluenceCon
             epoch = SPLITS.index(split) + len(SPLITS) * draw
             views = two_views(run, reader, number, config.seed, epoch)
             target_BVD = target(views)
-            losses.append(byol_loss(online(views)[1], target_BVD.flip(1))[0])
+            losses.append(byol_loss(online(views).output, target_BVD.flip(1))[0])
         mean = torch.stack(losses).mean()
         last: Sequence[Tensor] = [*online.predictor_last.parameters()]
         found.append(torch.cat([g.flatten() for g in torch.autograd.grad(mean, last)]))

@@ -9,15 +9,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.train.tiny_run import BATCH, global_batch, miner, networks, rows_of
-from tracekin.config import ModelConfig, OptimiserConfig, Policy, TrainConfig
+from tracekin.config import Config, ModelConfig, OptimiserConfig, Policy, TrainConfig
 from tracekin.data.batch import Batch
 from tracekin.distributed import collectives
 from tracekin.distributed.world import World
-from tracekin.model.byol import Online, Target
+from tracekin.model.networks import Online
 from tracekin.monitor.metrics import Clock, Meter
+from tracekin.objective import Objective, build_objective, build_online
 from tracekin.train.optimiser import build_optimiser
 from tracekin.train.record import measure
-from tracekin.train.step import Losses, byol_with_mined_positives
+from tracekin.train.step import Losses, loss_with_mined_positives
 
 POLICIES = get_args(Policy)
 STAGES = (0, 1, 2)
@@ -53,11 +54,12 @@ def ieee_convolutions_and_products() -> Iterator[None]:
 
 
 def losses_and_gradient(
-    online: Online, target: Target, batch: Batch, policy: str, device: torch.device
+    online: Online, objective: Objective, batch: Batch, policy: str, device: torch.device
 ) -> dict[str, Any]:
     """Loss, whole gradient and positives of one step on ``device``, brought to the CPU."""
-    online, target = online.to(device), target.to(device)
-    losses = byol_with_mined_positives(online, target, batch.to(device), miner(online, policy), **context(device))
+    for net in (online, *objective.kept.values()):
+        net.to(device)
+    losses = loss_with_mined_positives(online, objective, batch.to(device), miner(objective, policy), **context(device))
     losses.loss.backward()
     return {**described(losses), "gradient": flat_gradient(online)}
 
@@ -66,16 +68,17 @@ def fp32_weights_step(net: str, device: torch.device, policy: str, *, bf16: bool
     """``losses_and_gradient`` of the tiny net, or of a ResNet-18 on 16 images of 48 px, without TF32."""
     batch = global_batch(torch.float32)
     if net == "tiny":
-        online, target = networks(torch.float32)
-        online.autocast = target.autocast = bf16
+        online, objective = networks(torch.float32)
+        online.autocast = objective.kept["target"].autocast = bf16
     else:
         torch.manual_seed(0)
-        online = Online(MODEL, 3, autocast=bf16)
-        target = Target(online)
+        config = Config(model=MODEL, train=TrainConfig(precision="bf16" if bf16 else "fp32"))
+        online = build_online(config)
+        objective = build_objective(config, online)
         views = torch.randn(2, BATCH, 3, 48, 48, generator=torch.Generator().manual_seed(1))
         batch = replace(batch, views=views)
     with ieee_convolutions_and_products():
-        return losses_and_gradient(online, target, batch, policy, device)
+        return losses_and_gradient(online, objective, batch, policy, device)
 
 
 def rank_steps(rank: int, device_name: str) -> dict[str, dict[str, Any]]:
@@ -104,17 +107,18 @@ def engine_step(world: World, device: torch.device, policy: str, stage: int) -> 
 
     from tracekin.train.engine import build_engine
 
-    online, target = networks(torch.float32)
-    online, target = online.to(device), target.to(device)
+    online, objective = networks(torch.float32)
+    for net in (online, *objective.kept.values()):
+        net.to(device)
     train = TrainConfig(global_batch=BATCH, zero_stage=stage, precision="fp32")  # type: ignore[arg-type]
     engine = build_engine(online, OptimiserConfig(), train, world)
     batch = rows_of(global_batch(torch.float32), world).to(device)
-    losses = byol_with_mined_positives(engine, target, batch, miner(online, policy), **context(device))
+    losses = loss_with_mined_positives(engine, objective, batch, miner(objective, policy), **context(device))
     engine.backward(losses.loss)
     gradient = torch.cat([safe_get_full_grad(p).flatten() for p in online.parameters()]).cpu()
     one = described(losses)
     engine.step()
-    target.follow(engine.module, 0.9)
+    objective.follow(engine.module, 0.9)
     updated = torch.cat([p.detach().flatten() for p in online.parameters()]).cpu()
     return {**one, "loss": collectives.total(one["loss"]) / world.size, "gradient": gradient, "updated": updated}
 
@@ -155,19 +159,20 @@ def unwaiting_step(device: torch.device, **mining: Any) -> dict[str, float]:
     Returns:
         The sums that were measured.
     """
-    online, target = networks(torch.float32)
-    online, target = online.to(device), target.to(device)
-    batch, chooser, meter = global_batch(torch.float32).to(device), miner(online, **mining), Meter(device)
+    online, objective = networks(torch.float32)
+    for net in (online, *objective.kept.values()):
+        net.to(device)
+    batch, chooser, meter = global_batch(torch.float32).to(device), miner(objective, **mining), Meter(device)
     if chooser.history:
-        chooser.history.remember(online, target, 0.1)
+        chooser.history.remember(online, objective.target, 0.1)
     optimiser = build_optimiser(online, OptimiserConfig(), 0)
 
     def step(number: int) -> None:
-        losses = byol_with_mined_positives(online, target, batch, chooser, **context(device) | {"step": number})
+        losses = loss_with_mined_positives(online, objective, batch, chooser, **context(device) | {"step": number})
         losses.loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-        target.follow(online, 0.9)
+        objective.follow(online, 0.9)
         measure(meter, losses, chooser, number)
 
     step(5)  # libraries start, constants and the queue are made

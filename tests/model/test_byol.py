@@ -6,9 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.train.tiny_run import networks
-from tracekin.config import ModelConfig
+from tracekin.config import Config, DataConfig, ModelConfig
 from tracekin.model.backbone import build_backbone
-from tracekin.model.byol import Online, byol_loss, tau_at
+from tracekin.model.networks import tau_at
+from tracekin.objective import build_online
+from tracekin.objective.byol import byol_loss
 
 
 def test_loss_is_the_papers() -> None:
@@ -28,10 +30,11 @@ def test_tau_rises_from_base_to_one(num_steps: int, base: float) -> None:
 
 
 def test_target_follows_by_ema_and_takes_no_gradient() -> None:
-    online, target = networks(torch.float64)
+    online, objective = networks(torch.float64)
+    target = objective.kept["target"]
     before = [p.clone() for p in target.parameters()]
     theirs = [*online.backbone.parameters(), *online.projector.parameters()]
-    target.follow(online, 0.9)
+    objective.follow(online, 0.9)
     for now, was, other in zip(target.parameters(), before, theirs, strict=True):
         assert torch.allclose(now, 0.9 * was + 0.1 * other)
     assert not any(p.requires_grad for p in target.parameters())
@@ -44,14 +47,15 @@ def test_each_view_has_batch_statistics_of_its_own() -> None:
     views = torch.randn(2, 6, 3, 12, 12, dtype=torch.float64)
     other = views.clone()
     other[1] *= 5
-    assert torch.allclose(online(views)[1][:, 0], online(other)[1][:, 0])
-    assert not torch.allclose(online(views)[1][:, 1], online(other)[1][:, 1])
+    assert torch.allclose(online(views).output[:, 0], online(other).output[:, 0])
+    assert not torch.allclose(online(views).output[:, 1], online(other).output[:, 1])
 
 
 def test_last_layer_is_fp32_under_autocast() -> None:
     torch.manual_seed(0)
-    online = Online(ModelConfig(projector_hidden=32, projection=16, predictor_hidden=32), channels=1, autocast=True)
-    hidden, prediction = online(torch.randn(2, 4, 1, 32, 32))
+    model = ModelConfig(projector_hidden=32, projection=16, predictor_hidden=32)
+    online = build_online(Config(model=model, data=DataConfig(channels=1)))
+    hidden, prediction, _ = online(torch.randn(2, 4, 1, 32, 32))
     assert hidden.dtype == prediction.dtype == torch.float32
     assert not torch.equal(hidden, hidden.bfloat16().float())  # not bf16 numbers in wider clothes
     weight, bias = online.predictor_last.weight, online.predictor_last.bias

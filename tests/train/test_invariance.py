@@ -11,7 +11,7 @@ from tracekin.config import OptimiserConfig, Policy, TrainConfig
 from tracekin.distributed import collectives
 from tracekin.distributed.world import World
 from tracekin.train.miner import Miner
-from tracekin.train.step import Losses, byol_with_mined_positives
+from tracekin.train.step import Losses, loss_with_mined_positives
 
 POLICIES = get_args(Policy)
 # Every policy at its defaults, and everything else that mining can be told, each once.
@@ -35,18 +35,19 @@ STEP = 5
 
 
 def mined_step(
-    online: Any, target: Any, world: World, variant: str, dtype: torch.dtype, engine: Any = None
+    online: Any, objective: Any, world: World, variant: str, dtype: torch.dtype, engine: Any = None
 ) -> tuple[Losses, Miner]:
     """The step's losses after two steps that the queue, if any, remembers, and two checkpoints in the past."""
     mining = VARIANTS[variant]
-    found = miner(online, **mining)
+    found = miner(objective, **mining)
     if found.history:
         for seed in (7, 8):
-            found.history.remember(*networks(dtype, seed), lr=0.1 * seed)
+            older, its = networks(dtype, seed)
+            found.history.remember(older, its.target, lr=0.1 * seed)
     views = 2 + mining.get("support_views", 0)
     for step in range(STEP - 2 if found.queue else STEP, STEP + 1):
         batch = rows_of(global_batch(dtype, seed=step, views=views), world)
-        losses = byol_with_mined_positives(engine or online, target, batch, found, **context(step))
+        losses = loss_with_mined_positives(engine or online, objective, batch, found, **context(step))
     return losses, found
 
 
@@ -55,15 +56,15 @@ def plain_step(rank: int, world_size: int) -> dict[str, dict[str, torch.Tensor]]
     world = World(rank, world_size, rank, world_size)
     results = {}
     for variant in VARIANTS:
-        online, target = networks(torch.float64)
-        losses, found = mined_step(online, target, world, variant, torch.float64)
+        online, objective = networks(torch.float64)
+        losses, found = mined_step(online, objective, world, variant, torch.float64)
         losses.loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in online.parameters()])
         queue = found.queue.state() if found.queue else {}
         results[variant] = {
             "loss": collectives.total(losses.loss) / world_size,
             "gradient": collectives.total(gradient) / world_size,
-            "buffers": torch.cat([b.double().flatten() for net in (online, target) for b in net.buffers()]),
+            "buffers": torch.cat([b.double().flatten() for net in (online, objective.target) for b in net.buffers()]),
             "index": collectives.gather(losses.found.mined.index) if losses.found else torch.empty(0),
             "queue": torch.cat([torch.empty(0), *(queue[name].double().flatten() for name in sorted(queue))]),
         }
@@ -109,10 +110,10 @@ def engine_step(rank: int, world_size: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for stage in STAGES:
         for policy in POLICIES:
-            online, target = networks(torch.float32)
+            online, objective = networks(torch.float32)
             train = TrainConfig(global_batch=BATCH, zero_stage=stage, precision="fp32")  # type: ignore[arg-type]
             engine = build_engine(online, OptimiserConfig(), train, world)
-            losses, _ = mined_step(online, target, world, policy, torch.float32, engine)
+            losses, _ = mined_step(online, objective, world, policy, torch.float32, engine)
             engine.backward(losses.loss)
             gradient = torch.cat([safe_get_full_grad(p).flatten() for p in online.parameters()])
             entry = {"gradient": gradient, "loss": collectives.total(losses.loss) / world_size}
@@ -158,17 +159,17 @@ def updates(rank: int, world_size: int) -> dict[str, dict[str, torch.Tensor]]:
     results = {}
     for name, lr in (("sgd", 0.05), ("adamw", 1e-3), ("lars", 0.5)):
         for stage in STAGES:
-            online, target = networks(torch.float32)
+            online, objective = networks(torch.float32)
             train = TrainConfig(global_batch=BATCH, zero_stage=stage, precision="fp32")  # type: ignore[arg-type]
             engine = build_engine(online, OptimiserConfig(name=name, weight_decay=0.01), train, world)  # type: ignore[arg-type]
             for step in range(3):
                 set_lr(engine, lr)
                 batch = rows_of(global_batch(torch.float32, seed=step), world)
-                train_step(engine, target, batch, miner(online, "tracin"), tau=0.9, **context(step))
+                train_step(engine, objective, batch, miner(objective, "tracin"), tau=0.9, **context(step))
             state = optimiser_tensors(engine)
             results[f"{name}/{stage}"] = {
                 "weights": torch.cat([p.detach().flatten() for p in online.parameters()]),
-                "target": torch.cat([p.flatten() for p in target.parameters()]),
+                "target": torch.cat([p.flatten() for p in objective.target.parameters()]),
                 "state": torch.cat([state[key].flatten().float() for key in sorted(state)]),
             }
     return results

@@ -9,7 +9,7 @@ from tests.train.tiny_run import BATCH, CPU, context, global_batch, miner, netwo
 from tracekin.influence import Candidates, Factors, Pool
 from tracekin.monitor.metrics import Meter
 from tracekin.train.record import measure
-from tracekin.train.step import Found, byol_with_mined_positives
+from tracekin.train.step import Found, loss_with_mined_positives
 
 STEPS = (3, 4, 7)  # of other images each
 HALF_LIFE = 30.0
@@ -17,13 +17,13 @@ HALF_LIFE = 30.0
 
 def mined(policy: str, half_life: float) -> tuple[list[Found], dict[str, float]]:
     """What each step finds with a queue that holds them all, and the last step's sums with its own policy compared."""
-    online, target = networks(torch.float64)
+    online, objective = networks(torch.float64)
     compared = policy if policy == "feature" else "none"
-    found = miner(online, policy, queue=len(STEPS) * BATCH, queue_half_life=half_life, compare=compared)
+    found = miner(objective, policy, queue=len(STEPS) * BATCH, queue_half_life=half_life, compare=compared)
     history, meter = [], Meter(CPU)
     for step in STEPS:
-        losses = byol_with_mined_positives(
-            online, target, global_batch(torch.float64, seed=step), found, **context(step)
+        losses = loss_with_mined_positives(
+            online, objective, global_batch(torch.float64, seed=step), found, **context(step)
         )
         assert losses.found is not None
         history.append(losses.found)

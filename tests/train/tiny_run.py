@@ -2,29 +2,44 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from tracekin.config import MiningConfig, ModelConfig
+from tracekin import objective
+from tracekin.config import Config, MiningConfig, ModelConfig, ObjectiveConfig, TrainConfig, own
 from tracekin.data.batch import Batch
 from tracekin.distributed.world import World
-from tracekin.model import byol
 from tracekin.model.batch_norm import convert_batch_norms
+from tracekin.model.networks import Online
 from tracekin.monitor.metrics import Clock
+from tracekin.objective import Objective, build_objective, build_online
 from tracekin.train.miner import Miner
 
 MODEL = ModelConfig(projector_hidden=24, projection=8, predictor_hidden=16)
+HEADLESS = replace(MODEL, predictor_hidden=0)
+"""Of the objectives without a predictor."""
 BATCH = 16
 CPU = torch.device("cpu")
+
+
+def tiny_config(name: str = "byol", model: ModelConfig | None = None, **options: Any) -> Config:
+    """Of the tiny networks for an objective."""
+    predicts = "predictor_hidden" in own(name, options.get("version")).widths
+    return Config(
+        model=model or (MODEL if predicts else HEADLESS),
+        objective=ObjectiveConfig(name=name, **options),  # type: ignore[arg-type]
+        train=TrainConfig(global_batch=BATCH, precision="fp32"),
+    )
 
 
 @contextmanager
 def tiny_backbone() -> Iterator[None]:
     """Networks built in the block have a small convolutional encoder instead of a ResNet."""
 
-    def build(config: ModelConfig, channels: int) -> nn.Module:
+    def build(config: ModelConfig, channels: int, norm_groups: int = 0) -> nn.Module:
         net = nn.Sequential(
             nn.Conv2d(channels, 8, 3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(8),
@@ -36,26 +51,32 @@ def tiny_backbone() -> Iterator[None]:
             nn.Flatten(),
         )
         net.num_features = 16
-        return convert_batch_norms(net)
+        return convert_batch_norms(net, norm_groups)
 
-    original = byol.build_backbone
-    byol.build_backbone = build
+    original = objective.build_backbone
+    objective.build_backbone = build
     try:
         yield
     finally:
-        byol.build_backbone = original
+        objective.build_backbone = original
 
 
-def networks(dtype: torch.dtype, seed: int = 0) -> tuple[byol.Online, byol.Target]:
-    """The tiny online network, and a target that is a little apart from it, as after some training."""
+def networks(
+    dtype: torch.dtype, seed: int = 0, name: str = "byol", model: ModelConfig | None = None, **options: Any
+) -> tuple[Online, Objective]:
+    """The tiny online network and its objective, whose target is a little apart from it, as after some training."""
     torch.manual_seed(seed)
+    config = tiny_config(name, model, **options)
     with tiny_backbone():
-        online = byol.Online(MODEL, 3)
-    target = byol.Target(online)
-    with torch.no_grad():
-        for parameter in target.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return online.to(dtype), target.to(dtype)  # drawn in one dtype, so that all dtypes start from the same numbers
+        online = build_online(config)
+    found = build_objective(config, online)
+    if found.target is not None:
+        with torch.no_grad():
+            for parameter in found.target.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    for net in (online, *found.kept.values()):
+        net.to(dtype)  # drawn in one dtype, so that all dtypes start from the same numbers
+    return online, found
 
 
 def global_batch(dtype: torch.dtype, seed: int = 1, views: int = 2) -> Batch:
@@ -77,5 +98,5 @@ def context(step: int = 5) -> dict[str, object]:
     return {"weight": 0.25, "step": step, "lr": 0.1, "clock": Clock(CPU)}
 
 
-def miner(online: byol.Online, policy: str, local_size: int = 1, **mining: Any) -> Miner:
-    return Miner(MiningConfig(policy=policy, **mining), online, 0, local_size)  # type: ignore[arg-type]
+def miner(of: Objective, policy: str, local_size: int = 1, **mining: Any) -> Miner:
+    return Miner(MiningConfig(policy=policy, **mining), of, 0, local_size)  # type: ignore[arg-type]

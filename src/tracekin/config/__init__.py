@@ -1,4 +1,4 @@
-"""Configuration: knobs.py is the page of every knob, loader.py reads YAML files and overrides into it.
+"""Configuration: knobs.py is the page of every knob, with objectives.py; loader.py reads YAML files and overrides.
 
 A YAML file states only its difference from the defaults.
 """
@@ -15,12 +15,12 @@ from tracekin.config.knobs import (
     MiningConfig,
     ModelConfig,
     MonitorConfig,
-    ObjectiveConfig,
     OptimiserConfig,
     Policy,
     TrainConfig,
 )
 from tracekin.config.loader import attribute, flat, load, shareable, to_dict, to_yaml
+from tracekin.config.objectives import ObjectiveConfig, ObjectiveName, own
 
 __all__ = [
     "AugmentConfig",
@@ -34,6 +34,7 @@ __all__ = [
     "ModelConfig",
     "MonitorConfig",
     "ObjectiveConfig",
+    "ObjectiveName",
     "OptimiserConfig",
     "Policy",
     "TrainConfig",
@@ -42,6 +43,7 @@ __all__ = [
     "flat",
     "holds_control",
     "load",
+    "own",
     "shareable",
     "to_dict",
     "to_yaml",

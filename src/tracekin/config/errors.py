@@ -24,6 +24,12 @@ def _escaped(sign: str) -> str:
     return sign if sign.isprintable() else sign.encode("unicode_escape").decode()
 
 
+def require(condition: bool, key: str, value: object, accepted: str) -> None:
+    """Raise a UserError that names ``key`` and what it accepts, unless the condition holds."""
+    if not condition:
+        raise UserError(f"{key}={value} is out of range: accepted is {accepted}.")
+
+
 def holds_control(text: str) -> bool:
     """Whether a text has control characters or halves of characters, which not every file system or terminal takes."""
     return any(unicodedata.category(sign) in ("Cc", "Cs") for sign in text)

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tracekin.config.errors import UserError
+from tracekin.config.errors import UserError, require
+from tracekin.config.objectives import ObjectiveConfig, own, resolved
 
 Policy = Literal[
     "none",
@@ -27,11 +28,6 @@ LONGEST_PART, LONGEST_PATH = 255, 3500
 """Bytes of a run folder's path; Linux takes 4095, what lies in the folder included."""
 
 
-def _require(condition: bool, key: str, value: object, accepted: str) -> None:
-    if not condition:
-        raise UserError(f"{key}={value} is out of range: accepted is {accepted}.")
-
-
 @dataclass(frozen=True)
 class AugmentConfig:
     preset: Literal["dermoscopy", "xray", "microscopy", "ct"] = "dermoscopy"
@@ -49,13 +45,13 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         if self.crop_min is not None:
-            _require(0 < self.crop_min <= 1, "data.augment.crop_min", self.crop_min, "0 < x <= 1")
+            require(0 < self.crop_min <= 1, "data.augment.crop_min", self.crop_min, "0 < x <= 1")
         if self.jitter is not None:
-            _require(0 <= self.jitter <= 2, "data.augment.jitter", self.jitter, "0 <= x <= 2")
+            require(0 <= self.jitter <= 2, "data.augment.jitter", self.jitter, "0 <= x <= 2")
         for key in ("grey", "blur", "solarise"):
             value = getattr(self, key)
             for p in () if value is None else value if isinstance(value, tuple | list) else (value,):
-                _require(0 <= p <= 1, f"data.augment.{key}", value, "probabilities, 0 <= p <= 1")
+                require(0 <= p <= 1, f"data.augment.{key}", value, "probabilities, 0 <= p <= 1")
 
 
 @dataclass(frozen=True)
@@ -92,12 +88,12 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        _require(8 <= self.image_size <= 2048, "data.image_size", self.image_size, "8 to 2048 pixels")
+        require(8 <= self.image_size <= 2048, "data.image_size", self.image_size, "8 to 2048 pixels")
         for key in ("workers", "shuffle_shards", "read_ahead"):
-            _require(getattr(self, key) >= 0, f"data.{key}", getattr(self, key), "0 or more")
-        _require(self.streams >= 1, "data.streams", self.streams, "1 or more")
-        _require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "0 <= x <= 1")
-        _require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "above 0")
+            require(getattr(self, key) >= 0, f"data.{key}", getattr(self, key), "0 or more")
+        require(self.streams >= 1, "data.streams", self.streams, "1 or more")
+        require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "0 <= x <= 1")
+        require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "above 0")
 
 
 @dataclass(frozen=True)
@@ -106,43 +102,41 @@ class ModelConfig:
     """torchvision's ResNet; its classifier is removed, features are those after global pooling."""
     small_stem: bool = False
     """3x3 stride-1 stem without max pooling, for images of about 32 pixels (four times finer, 16 times the work)."""
-    projector_hidden: int = 4096
-    """Width of the projector's hidden layer."""
-    projection: int = 256
+    projector_hidden: int = 0
+    """Width of the projector's hidden layers; 0, here and below, takes the objective's (BYOL: 4096, 256, 4096)."""
+    projection: int = 0
     """Width of the projections and predictions that the loss compares."""
-    predictor_hidden: int = 4096
-    """Width of the predictor's hidden layer; the influence factors are this wide."""
+    predictor_hidden: int = 0
+    """Width of the predictor's hidden layer, for objectives that have one (byol, simsiam, moco v3)."""
 
     def __post_init__(self) -> None:
         for key in ("projector_hidden", "projection", "predictor_hidden"):
-            _require(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "1 or more")
+            require(getattr(self, key) >= 0, f"model.{key}", getattr(self, key), "1 or more, or 0 for the objective's")
+
+    @property
+    def last_hidden(self) -> int:
+        """Width of the last Linear layer's input; the influence factors are this wide."""
+        return self.predictor_hidden or self.projector_hidden
 
 
 @dataclass(frozen=True)
 class InitConfig:
     from_: str | None = None
     """Key `init.from`: weights that the backbone starts from. A run's folder, a checkpoint's, what `tracekin export`
-    wrote (all but onnx), or torchvision's weights on disk. Projector and predictor start fresh. A run that continues
+    wrote (all but onnx), or torchvision's weights on disk. The heads start fresh. A run that continues
     goes on from its own checkpoint."""
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    name: Literal["byol"] = "byol"
-    """The self-supervised loss; BYOL is the first of a family."""
-    tau_base: float = 0.99
-    """The target's EMA decay at step 0; it rises to 1 on a cosine (BYOL: 0.996 for 1000 epochs, 0.99 for 300)."""
-
-    def __post_init__(self) -> None:
-        _require(0 <= self.tau_base <= 1, "objective.tau_base", self.tau_base, "0 <= x <= 1")
 
 
 @dataclass(frozen=True)
 class MiningConfig:
     policy: Policy = "tracin_cosine"
-    """Score that chooses the additional positives; `none` is plain BYOL. Files of tracekin/influence/policies."""
+    """Score that chooses the additional positives; `none` is the plain objective. Files of
+    tracekin/influence/policies."""
+    mode: Literal["attract", "eliminate"] = "attract"
+    """What is done with the mined images: pulled towards the anchor, or, where the objective has negatives (simclr,
+    moco), only no longer pushed away (false-negative cancellation)."""
     weight: float = 0.25
-    """Weight of the mined term beside the BYOL loss (our reading of the paper)."""
+    """Weight of the mined term beside the objective's loss (our reading of the paper); 0 mines to no effect."""
     warmup: float = 0.1
     """Share of all steps, from the first, that run without the mined term."""
     exclude_group: bool = True
@@ -180,14 +174,14 @@ class MiningConfig:
     """Also log how often this policy, one that needs no gradients, chooses the same positive."""
 
     def __post_init__(self) -> None:
-        _require(self.weight >= 0, "mining.weight", self.weight, "0 or more")
-        _require(0 <= self.warmup <= 1, "mining.warmup", self.warmup, "0 <= x <= 1")
-        _require(0 <= self.quantile <= 1, "mining.quantile", self.quantile, "0 <= x <= 1")
+        require(self.weight >= 0, "mining.weight", self.weight, "0 or more")
+        require(0 <= self.warmup <= 1, "mining.warmup", self.warmup, "0 <= x <= 1")
+        require(0 <= self.quantile <= 1, "mining.quantile", self.quantile, "0 <= x <= 1")
         for key in ("k", "chunk", "layers", "checkpoints"):
-            _require(getattr(self, key) >= 1, f"mining.{key}", getattr(self, key), "1 or more")
-        _require(self.layers <= 4, "mining.layers", self.layers, "1 to 4, the Linear layers of the heads")
+            require(getattr(self, key) >= 1, f"mining.{key}", getattr(self, key), "1 or more")
+        require(self.layers <= 4, "mining.layers", self.layers, "1 to 4, the Linear layers of the heads")
         for key in ("sketch_dim", "ring_above", "queue", "queue_half_life", "support_views"):
-            _require(getattr(self, key) >= 0, f"mining.{key}", getattr(self, key), "0 or more")
+            require(getattr(self, key) >= 0, f"mining.{key}", getattr(self, key), "0 or more")
         if self.queue and self.pool != "global":
             raise UserError(f"mining.queue={self.queue} remembers the global pool; it needs mining.pool=global.")
         if self.queue and self.policy.startswith("tracin_cp"):
@@ -219,10 +213,10 @@ class OptimiserConfig:
     """Epochs of linear warm-up before the cosine decay to 0."""
 
     def __post_init__(self) -> None:
-        _require(self.lr is None or self.lr > 0, "optimiser.lr", self.lr, "above 0")
-        _require(self.weight_decay >= 0, "optimiser.weight_decay", self.weight_decay, "0 or more")
-        _require(0 <= self.momentum < 1, "optimiser.momentum", self.momentum, "0 <= x < 1")
-        _require(self.warmup_epochs >= 0, "optimiser.warmup_epochs", self.warmup_epochs, "0 or more")
+        require(self.lr is None or self.lr > 0, "optimiser.lr", self.lr, "above 0")
+        require(self.weight_decay >= 0, "optimiser.weight_decay", self.weight_decay, "0 or more")
+        require(0 <= self.momentum < 1, "optimiser.momentum", self.momentum, "0 <= x < 1")
+        require(self.warmup_epochs >= 0, "optimiser.warmup_epochs", self.warmup_epochs, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -251,11 +245,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for key in ("epochs", "global_batch", "log_every", "keep_checkpoints"):
-            _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
+            require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
         for key in ("save_every", "keep_every"):
-            _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more steps")
-        _require(self.stop_seconds > 0, "train.stop_seconds", self.stop_seconds, "above 0")
-        _require(self.threads >= 0, "train.threads", self.threads, "0 or more")
+            require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more steps")
+        require(self.stop_seconds > 0, "train.stop_seconds", self.stop_seconds, "above 0")
+        require(self.threads >= 0, "train.threads", self.threads, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -277,9 +271,9 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         for key in ("nonfinite", "fingerprint_every"):
-            _require(getattr(self, key) >= 1, f"guard.{key}", getattr(self, key), "1 or more steps")
+            require(getattr(self, key) >= 1, f"guard.{key}", getattr(self, key), "1 or more steps")
         for key in ("min_target_std", "min_effective_rank", "stall_seconds"):
-            _require(getattr(self, key) >= 0, f"guard.{key}", getattr(self, key), "0 or more")
+            require(getattr(self, key) >= 0, f"guard.{key}", getattr(self, key), "0 or more")
 
 
 @dataclass(frozen=True)
@@ -295,7 +289,7 @@ class MonitorConfig:
 
     def __post_init__(self) -> None:
         for key in ("init_seconds", "finish_seconds"):
-            _require(getattr(self, key) > 0, f"monitor.{key}", getattr(self, key), "above 0")
+            require(getattr(self, key) > 0, f"monitor.{key}", getattr(self, key), "above 0")
 
 
 @dataclass(frozen=True)
@@ -330,6 +324,21 @@ class Config:
                 f"folder and name make a path that is too long, {str(self.run_folder)!r}: accepted are {LONGEST_PATH}"
                 f" bytes, {LONGEST_PART} between two slashes."
             )
+        # So that the config that lies beside a run says everything.
+        objective, model = resolved(self.objective, self.model, self.train.global_batch)
+        object.__setattr__(self, "objective", objective)
+        object.__setattr__(self, "model", model)
+        brought = own(objective.name, objective.version)
+        if self.mining.mode == "eliminate" and self.mining.policy != "none" and not brought.negatives:
+            raise UserError(
+                f"mining.mode=eliminate leaves mined images out of the negatives, and objective.name={objective.name}"
+                " has none; accepted: objective.name=simclr or moco, or mining.mode=attract."
+            )
+        if objective.queue and self.mining.policy.startswith("tracin_cp"):
+            raise UserError(
+                f"mining.policy={self.mining.policy} needs each checkpoint's own keys, which moco's queue does not"
+                " hold; use another policy, or objective.version=3."
+            )
 
     @property
     def run_folder(self) -> Path:
@@ -363,11 +372,11 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         for key in ("knn_k", "bootstrap", "batch"):
-            _require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        _require(self.knn_temperature > 0, "knn_temperature", self.knn_temperature, "above 0")
-        _require(len(self.linear_c) > 0 and min(self.linear_c, default=0) > 0, "linear_c", self.linear_c, "above 0")
+            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        require(self.knn_temperature > 0, "knn_temperature", self.knn_temperature, "above 0")
+        require(len(self.linear_c) > 0 and min(self.linear_c, default=0) > 0, "linear_c", self.linear_c, "above 0")
         for key in ("workers", "seed"):
-            _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+            require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
 
 
 @dataclass(frozen=True)
@@ -403,6 +412,6 @@ class InfluenceConfig:
 
     def __post_init__(self) -> None:
         for key in ("k", "draws", "batch"):
-            _require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
         for key in ("checkpoints", "gallery", "workers"):
-            _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+            require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")

@@ -1,6 +1,7 @@
 """Collectives that also work in a world of one; the only caller of ``torch.distributed`` beside group.py.
 
-Nothing here carries gradients: mined targets are stop-gradients, and the loss needs no gather.
+Two carry gradients, ``gather_with_gradient`` and ``total_with_gradient``: for losses of the global batch, of which each
+rank computes the whole or its share, such that their mean over ranks is the loss. Mining needs none.
 """
 
 import re
@@ -156,6 +157,37 @@ def total(tensor: Tensor) -> Tensor:
         with _Call("all-reduce"):
             dist.all_reduce(summed)
     return summed
+
+
+def gather_with_gradient(tensor: Tensor) -> Tensor:
+    """``gather`` over all ranks whose backward pass brings every rank's gradient home: the sum of what ranks want."""
+    return tensor if world_size() == 1 else _Gather.apply(tensor)
+
+
+def total_with_gradient(tensor: Tensor) -> Tensor:
+    """``total`` whose backward pass sums the ranks' gradients too: what is computed from it may differ by rank."""
+    return tensor if world_size() == 1 else _Total.apply(tensor)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return gather(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        # An all-reduce and not a reduce-scatter, which gloo lacks; what travels is as wide as a projection.
+        return total(grad_outputs[0]).chunk(world_size())[rank()]
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return total(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return total(grad_outputs[0])
 
 
 def gather_objects(value: Any) -> list[Any]:

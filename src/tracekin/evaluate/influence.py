@@ -1,7 +1,7 @@
 """Proponents and opponents of any image under a finished run: TracInCP (Pruthi et al., arXiv 2002.08484, section 3.3).
 
 The influence of image j on image i is the sum over checkpoints c of weight_c g_ic . g_jc, where g is the gradient of an
-image's own BYOL loss at the predictor's last layer: to first order, what an SGD step on j takes off the loss of i.
+image's own loss at the predictor's last layer: to first order, what an SGD step on j takes off the loss of i.
 
 The networks run in eval mode, so that batch norm couples no image with another: these are exactly the gradients of the
 eval-mode loss, which differs a little from the loss in training. Under AdamW the sum is gradient similarity, not
@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +30,11 @@ from tracekin.data.manifest import Manifest, read_manifest
 from tracekin.data.reader import ShardReader
 from tracekin.data.stream import augmented_batches
 from tracekin.influence.candidates import Candidates, Pool
-from tracekin.influence.gradients import Factors, gradient_factors, normalised
+from tracekin.influence.gradients import Factors, normalised
 from tracekin.influence.mining import Best, Mined, chunks
 from tracekin.influence.policies import tracin
-from tracekin.model.byol import Online, Target
 from tracekin.model.precision import set_convolution_precision
+from tracekin.objective import Objective, build_objective, build_online
 
 BLOCK = 2**26
 """Products of views that are held at a time, 4 bytes each, twice."""
@@ -51,10 +51,9 @@ class Weighed(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """A checkpoint's networks, in eval mode and fp32."""
+    """A checkpoint's objective, its networks in eval mode and fp32."""
 
-    online: Online
-    target: Target
+    objective: Objective
     weight: float
 
 
@@ -188,13 +187,14 @@ def _add(best: Best, score_RC: Tensor, columns: Candidates, start: int, exclude_
 def _candidates(networks: Sequence[Networks], batch: Batch, normalise: bool) -> Candidates:
     """The images of a batch with their gradients under each checkpoint, scaled so that products carry the weights."""
     layers = []
-    for online, target, weight in networks:
-        hidden_BVH, prediction_BVD = online(batch.views)
-        target_BVD = target(batch.views)
-        other_BVD = target_BVD.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)  # the other view's of the same draw
-        factors = gradient_factors(hidden_BVH, prediction_BVD, other_BVD)
+    for objective, weight in networks:
         num_draws = len(batch.views) // 2
-        layers.append(Factors(factors.hidden, factors.delta * (math.sqrt(weight) / num_draws)))
+        draws = []
+        for views in torch.split(batch.views, 2):  # two of an image are compared with each other
+            outputs = objective.online(views)
+            compared = objective.compare(outputs.output, objective.project(views, outputs, 0), batch.index, 0)
+            draws.append(Factors(outputs.hidden, compared.delta() * (math.sqrt(weight) / num_draws)))
+        layers.append(Factors(*(torch.cat(parts, 1) for parts in zip(*draws, strict=True))))
     none = batch.views.new_empty(len(batch.index), 0, 0)  # no score here reads the targets
     return Candidates(normalised(*layers) if normalise else tuple(layers), none, batch.index, batch.group, batch.label)
 
@@ -207,11 +207,12 @@ def _join(parts: Sequence[Candidates]) -> Candidates:
 
 
 def _networks(run: Config, weighed: Weighed, device: torch.device) -> Networks:
-    online = Online(run.model, run.data.channels)
-    target = Target(online)
-    online.load_state_dict(checkpoint.load_model(weighed.folder, "online."))
-    target.load_state_dict(checkpoint.load_model(weighed.folder, "target."))
-    return Networks(online.to(device).eval(), target.to(device).eval(), weighed.weight)
+    online = build_online(replace(run, train=replace(run.train, precision="fp32")))
+    objective = build_objective(run, online)
+    for name, net in {"online": online, **objective.kept}.items():
+        net.load_state_dict(checkpoint.load_model(weighed.folder, f"{name}."))
+        net.to(device).eval()
+    return Networks(objective, weighed.weight)
 
 
 def _checkpoints(run_folder: Path, newest: int) -> list[Path]:
@@ -227,7 +228,7 @@ def _checkpoints(run_folder: Path, newest: int) -> list[Path]:
 
 def _check_memory(run: Config, images: int, checkpoints: int, draws: int) -> None:
     """The explained images' factors are held for every checkpoint."""
-    width = run.model.predictor_hidden + run.model.projection
+    width = run.model.last_hidden + run.model.projection
     needed = images * checkpoints * 2 * draws * width * 4
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     if needed > limit:

@@ -33,7 +33,7 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def gradient_factors(hidden: Tensor, prediction: Tensor, target: Tensor) -> Factors:
-    """Factors of the per-sample gradients: delta = -(2/|p|) (t^ - (p^ . t^) p^), with ^ for unit vectors.
+    """Factors of the per-sample gradients of the BYOL loss: ``cosine_delta`` beside the layer's input.
 
     Args:
         hidden: [B, V, H] input of the predictor's last layer, any float dtype.
@@ -43,14 +43,30 @@ def gradient_factors(hidden: Tensor, prediction: Tensor, target: Tensor) -> Fact
     Returns:
         Factors in fp32 (float64 stays float64), detached. Zero predictions and zero targets give a delta of 0.
     """
+    return Factors(widen(hidden.detach()), cosine_delta(prediction, target))
+
+
+def cosine_delta(prediction: Tensor, target: Tensor) -> Tensor:
+    """Gradient of 2 - 2 cos(p, t) at p: delta = -(2/|p|) (t^ - (p^ . t^) p^), with ^ for unit vectors.
+
+    Args:
+        prediction: [..., D] any float dtype.
+        target: [..., D].
+
+    Returns:
+        [..., D] in fp32 (float64 stays float64), detached; 0 where either has no direction.
+    """
     with exact(prediction.device):
         # In float64: t^ and its part along p^ cancel as the cosine goes to 1, and these are the small tensors.
-        p_BVD, t_BVD = prediction.double(), unit(target.double())
-        inverse = _inverse_length(p_BVD)
-        direction = p_BVD * inverse
-        tangent = t_BVD - (direction * t_BVD).sum(-1, keepdim=True) * direction
-        delta = -2 * inverse * tangent
-        return Factors(widen(hidden.detach()), delta.to(torch.promote_types(prediction.dtype, torch.float32)))
+        delta = through_unit(prediction.double(), -2 * unit(target.double()))
+        return delta.to(torch.promote_types(prediction.dtype, torch.float32))
+
+
+def through_unit(vectors: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient at ``vectors`` v of what has ``gradient`` g at their unit vectors: (g - (v^ . g) v^) / |v|."""
+    inverse = _inverse_length(vectors)
+    direction = vectors * inverse
+    return inverse * (gradient - (direction * gradient).sum(-1, keepdim=True) * direction)
 
 
 def self_influence(*layers: Factors) -> Tensor:

@@ -7,9 +7,9 @@ from tracekin.config import ModelConfig
 from tracekin.model.batch_norm import convert_batch_norms
 
 
-def build_backbone(config: ModelConfig, channels: int) -> nn.Module:
-    """``plain_backbone`` with batch norms over all ranks."""
-    return convert_batch_norms(plain_backbone(config, channels))
+def build_backbone(config: ModelConfig, channels: int, norm_groups: int = 0) -> nn.Module:
+    """``plain_backbone`` with batch norms over all ranks, or over ``norm_groups`` parts of the global batch."""
+    return convert_batch_norms(plain_backbone(config, channels), norm_groups)
 
 
 def plain_backbone(config: ModelConfig, channels: int) -> nn.Module:

@@ -21,20 +21,58 @@ class CrossRankBatchNorm(nn.SyncBatchNorm):
         assert self.momentum is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
+        assert self.running_mean is not None
+        affine: tuple[Tensor, Tensor] = (self.weight, self.bias)
+        if not self.affine:
+            affine = (torch.ones_like(self.running_mean), torch.zeros_like(self.running_mean))
         return _CrossRankNorm.apply(  # type: ignore[no-any-return]
-            input, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps
+            input, *affine, self.running_mean, self.running_var, self.momentum, self.eps
         )
 
 
-def convert_batch_norms(module: nn.Module) -> nn.Module:
-    """Replace every BatchNorm inside ``module`` in place; parameters and buffers are kept. Returns the module."""
+class GroupBatchNorm(CrossRankBatchNorm):
+    """Batch norm over parts of the global batch: ``groups`` of consecutive images, each with statistics of its own.
+
+    What MoCo shuffles keys against, without a rank's share of the batch having to be such a part: the outcome depends
+    on ``groups``, a multiple of the world size, and not on the world. Running statistics are the groups' mean.
+    """
+
+    def __init__(self, num_features: int, eps: float, momentum: float | None, groups: int) -> None:
+        super().__init__(num_features, eps, momentum)
+        self.groups = groups
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return _BatchNorm.forward(self, input)
+        assert self.momentum is not None
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.num_batches_tracked.add_(1)
+        parts, statistics = [], []
+        for part in input.chunk(self.groups // collectives.world_size()):
+            found = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+            parts.append(F.batch_norm(part, *found, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps))
+            statistics.append(torch.stack(found))
+        mean, var = (collectives.total(torch.stack(statistics).sum(0)) / self.groups).unbind()
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var, self.momentum)
+        return torch.cat(parts)
+
+
+def convert_batch_norms(module: nn.Module, groups: int = 0) -> nn.Module:
+    """Replace every BatchNorm inside ``module`` in place, by one over all ranks, or over ``groups`` of their images.
+
+    Parameters and buffers are kept. Returns the module.
+    """
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-            norm = CrossRankBatchNorm(child.num_features, child.eps, child.momentum).to(child.weight)
+            of = child.num_features, child.eps, child.momentum
+            norm = (GroupBatchNorm(*of, groups) if groups else CrossRankBatchNorm(*of)).to(child.weight)
             norm.load_state_dict(child.state_dict())
             setattr(module, name, norm)
         else:
-            convert_batch_norms(child)
+            convert_batch_norms(child, groups)
     return module
 
 

@@ -25,8 +25,8 @@ def check_run(config: Config, manifest: Manifest, world: World, *, allow_change:
 
     Raises:
         UserError: fewer samples than a global batch, too many shards missing, a cache too small for remote shards,
-            ranks or streams that do not divide the batch, a batch too small for batch norm, a policy that needs labels
-            on a set without, a pool that is too small, weights to start from that are not there, a run folder of
+            ranks, streams or groups that do not divide the batch, a batch too small for batch norm, a policy that needs
+            labels on a set without, a pool that is too small, weights to start from that are not there, a run folder of
             another config or one that cannot be made.
     """
     batch = config.train.global_batch
@@ -38,6 +38,7 @@ def check_run(config: Config, manifest: Manifest, world: World, *, allow_change:
         raise UserError(
             f"train.global_batch={batch} cannot be divided among {world.size} ranks; use a multiple of {world.size}."
         )
+    _check_objective(config, world)
     _check_data(config, manifest, world)
     _check_init(config)
     _check_mining(config, manifest, world)
@@ -67,6 +68,15 @@ def _check_data(config: Config, manifest: Manifest, world: World) -> None:
             f"data.cache_gb={data.cache_gb:g} does not hold two windows of data.shuffle_shards={data.shuffle_shards}"
             f" shards ({streams} streams a node), {need / 1e9:.1f} GB of {manifest.path}: every shard would be fetched"
             " again and again. Raise data.cache_gb, or set data.shuffle_shards to a smaller number above 0."
+        )
+
+
+def _check_objective(config: Config, world: World) -> None:
+    batch, groups = config.train.global_batch, config.objective.norm_groups
+    if groups is not None and (groups % world.size or batch % groups or batch < 2 * groups):
+        raise UserError(
+            f"objective.norm_groups={groups} parts of train.global_batch={batch} over {world.size} ranks: accepted is a"
+            f" multiple of {world.size} that divides the batch into parts of 2 images or more."
         )
 
 
@@ -108,10 +118,11 @@ def _check_mining(config: Config, manifest: Manifest, world: World) -> None:
             f"mining.k={mining.k} positives cannot be chosen from a pool of {pool} images, the anchor among them;"
             f" accepted is 1 to {pool - 1}. Use a larger train.global_batch{wider}."
         )
-    if mining.sketch_dim >= config.model.predictor_hidden:
+    if mining.sketch_dim >= config.model.last_hidden:
+        key = "predictor_hidden" if config.model.predictor_hidden else "projector_hidden"
         raise UserError(
-            f"mining.sketch_dim={mining.sketch_dim} does not narrow model.predictor_hidden="
-            f"{config.model.predictor_hidden}; use fewer, or 0 to send activations whole."
+            f"mining.sketch_dim={mining.sketch_dim} does not narrow model.{key}={config.model.last_hidden}; use fewer,"
+            " or 0 to send activations whole."
         )
     if 0 < mining.queue < batch:
         raise UserError(

@@ -1,7 +1,7 @@
 """DeepSpeed around the online network; the only importer of deepspeed.
 
 DeepSpeed's own ``torch_autocast`` stays off: under ZeRO 1 and 2 it reduces gradients in bf16. The networks autocast
-themselves (model/byol.py), so DeepSpeed sees an fp32 module and reduces in fp32.
+themselves (model/networks.py), so DeepSpeed sees an fp32 module and reduces in fp32.
 """
 
 import importlib.util

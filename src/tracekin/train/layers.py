@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracekin.influence.gradients import Factors, gradient_factors
-from tracekin.model.byol import Online, Target
+from tracekin.influence.gradients import Factors
+from tracekin.model.networks import Online, Target
+from tracekin.objective.objective import Objective
 
 
 class Recorder:
-    """Watches the ``count`` Linear layers of an online network's heads that come before the predictor's last."""
+    """Watches the ``count`` Linear layers of an online network's heads that come before the last one."""
 
     def __init__(self, online: nn.Module, count: int) -> None:
         linear = [module for module in online.modules() if isinstance(module, nn.Linear)]
@@ -74,23 +75,23 @@ class History:
     """The networks as they were at the run's last checkpoints, with the learning rate of each."""
 
     def __init__(self, count: int) -> None:
-        self.snapshots: deque[tuple[Online, Target, float]] = deque(maxlen=count)
+        self.snapshots: deque[tuple[Online, Target | None, float]] = deque(maxlen=count)
 
-    def remember(self, online: Online, target: Target, lr: float) -> tuple[Online, Target]:
-        """Copy both networks as they are; the oldest copy goes. Returns the copies."""
-        self.snapshots.append((copy.deepcopy(online).requires_grad_(False), copy.deepcopy(target), lr))
-        return self.snapshots[-1][:2]
+    def remember(self, online: Online, target: Target | None, lr: float) -> dict[str, nn.Module]:
+        """Copy the networks as they are; the oldest copy goes. Returns the copies, by name."""
+        copies = copy.deepcopy(online).requires_grad_(False), copy.deepcopy(target)
+        self.snapshots.append((*copies, lr))
+        return {name: net for name, net in zip(("online", "target"), copies, strict=True) if net is not None}
 
     @torch.no_grad()
-    def gradients(self, views: Tensor) -> list[Factors]:
+    def gradients(self, objective: Objective, views: Tensor, ids: Tensor, step: int) -> list[Factors]:
         """Factors of the last layer under each checkpoint, times the square root of its learning rate, oldest first."""
         found = []
         for online, target, lr in self.snapshots:
-            online.train()
-            target.train()
-            hidden_BVI, prediction_BVO = online(views)
-            factors = gradient_factors(hidden_BVI, prediction_BVO, target(views).flip(1))
-            found.append(scaled(factors, lr))
+            outputs = online.train()(views)
+            projection_BVO = outputs.projection if target is None else target.train()(views)
+            delta_BVO = objective.compare(outputs.output, projection_BVO, ids, step).delta()
+            found.append(scaled(Factors(outputs.hidden, delta_BVO), lr))
         return found
 
 

@@ -21,10 +21,11 @@ from tracekin.distributed.group import process_group
 from tracekin.distributed.watchdog import Watchdog, leave
 from tracekin.distributed.world import World, world_from_environment
 from tracekin.files import write_text
-from tracekin.model.byol import Online, Target, tau_at
 from tracekin.model.initial import sentence, start_from
+from tracekin.model.networks import tau_at
 from tracekin.monitor.environment import environment
 from tracekin.monitor.metrics import Clock, Meter
+from tracekin.objective import build_objective, build_online
 from tracekin.train.agreement import Agreement, Verdict
 from tracekin.train.checks import check_run
 from tracekin.train.device import claim_device
@@ -111,12 +112,13 @@ class _Run:
         self.steps_per_epoch = num_steps_per_epoch(manifest.count("train"), self.shuffle)
         self.num_steps = config.train.epochs * self.steps_per_epoch
         seed_generators(config.seed)
-        online = Online(config.model, config.data.channels, config.train.precision == "bf16").to(device)
+        online = build_online(config).to(device)
         self.initial = None
         if config.init.from_ is not None and not checkpoint.complete(self.folder):
             self.initial = start_from(online.backbone, config.init.from_)
             self.say(f"{self.folder}: {sentence(self.initial)}")
-        self.target = Target(online)
+        self.objective = build_objective(config, online)
+        networks = {"online": online, **self.objective.kept}
         self.step = 0
         self.skips = Skips(manifest.count("train"), config.data.max_bad_fraction)
         if world.is_main:
@@ -126,15 +128,14 @@ class _Run:
             self.step = int(found.state["step"])
             self.initial = found.state["environment"].get("init")
             self.skips.in_epoch = set(found.state["replaced"])
-            load_networks(found.folder, online, self.target)
+            load_networks(found.folder, networks)
         self.engine = build_engine(online, config.optimiser, config.train, world)
-        self.miner = Miner(config.mining, online, config.seed, world.local_size)
+        self.miner = Miner(config.mining, self.objective, config.seed, world.local_size)
         if found is not None:
-            load_rest(found, self.engine, self.target, self.miner, device, self.say)
+            load_rest(found, self.engine, self.objective, self.miner, device, self.say)
         self.clock, self.meter = Clock(device), Meter(device)
         self.losses: Losses | None = None
         self.agreement = Agreement()
-        networks = {"online": online, "target": self.target}
         self.refusals = Refusals(config, manifest, [*networks.values()])
         self.fingerprint = Fingerprint(config, manifest, world, networks)
         self.collapse = Collapse(config)
@@ -192,7 +193,7 @@ class _Run:
                 self.skips.end_epoch()
             if save:
                 ended = time.perf_counter()
-                self._save(schedule["lr"], end_of_epoch=ended_epoch)
+                self._save(end_of_epoch=ended_epoch)
                 due = ended_epoch = False
                 self._time_a_stop((ended - began) / (self.step - first), time.perf_counter() - ended)
             if stop:
@@ -212,7 +213,7 @@ class _Run:
             views=2 + self.config.mining.support_views,
         )
 
-    def _one_step(self, batches: Iterator[Batch], step: int) -> tuple[dict[str, float], str]:
+    def _one_step(self, batches: Iterator[Batch], step: int) -> tuple[dict[str, float | None], str]:
         """One step and what is measured of it; returns the schedule's values and the signal that was agreed on."""
         config, mining = self.config, self.config.mining
         self.watchdog.beat(step + 1, "data")
@@ -222,10 +223,8 @@ class _Run:
         self.skips.fresh += batch.skipped
         warmup_steps = round(config.optimiser.warmup_epochs * self.steps_per_epoch)
         peak = peak_lr(config.optimiser, config.train.global_batch)
-        lr, tau = (
-            lr_at(step, self.num_steps, warmup_steps, peak),
-            tau_at(step, self.num_steps, config.objective.tau_base),
-        )
+        lr, base = lr_at(step, self.num_steps, warmup_steps, peak), config.objective.tau_base
+        tau = None if base is None else tau_at(step, self.num_steps, base)
         set_lr(self.engine, lr)
         self.refusals.before()
         verdict = Verdict("", True, False)
@@ -238,7 +237,7 @@ class _Run:
 
         losses = train_step(
             self.engine,
-            self.target,
+            self.objective,
             batch,
             self.miner,
             tau=tau,
@@ -265,9 +264,10 @@ class _Run:
         if verdict.save_failed:
             self._settle()
         self.batch = batch
+        self.lr = lr
         return {"lr": lr, "tau": tau}, verdict.stop
 
-    def _record(self, schedule: dict[str, float], seconds: float, steps: int) -> dict[str, Any]:
+    def _record(self, schedule: dict[str, float | None], seconds: float, steps: int) -> dict[str, Any]:
         """One line of metrics.jsonl: means over the ``steps`` steps since the line before, seconds a step."""
         traffic, self.miner.traffic.bytes = self.miner.traffic.bytes, 0
         nonfinite = self.refusals.flush()
@@ -290,14 +290,14 @@ class _Run:
         self.reporter.write(record)
         self.collapse.look(record)
 
-    def _save(self, lr: float, *, end_of_epoch: bool) -> None:
+    def _save(self, *, end_of_epoch: bool) -> None:
         """Begin a checkpoint and, where an epoch has ended since the last one, write the gallery; collective."""
         self.watchdog.beat(self.step, "checkpoint")
         self.fingerprint.compare(self.step - 1, self.batch)
         self.fingerprint.check_finite()
         with self.clock.phase("save", host=True):
             self.saver.wait()  # for the one before, else the host would hold two
-            parts = gather_parts(self.engine, self.target, self.miner, self.device)
+            parts = gather_parts(self.engine, self.objective, self.miner, self.device)
             found = self.losses.found if self.losses and end_of_epoch else None
             pairs = gallery_pairs(found, NUM_GALLERY) if found else None
             if self.world.is_main:
@@ -305,7 +305,7 @@ class _Run:
                     "epoch_end": end_of_epoch,
                     "epochs": self.step // self.steps_per_epoch,
                     "dataset": self.manifest.fingerprint(),
-                    "lr": lr,
+                    "lr": self.lr,
                     "replaced": sorted(self.skips.in_epoch),
                     "config": to_dict(self.config),
                     "environment": self.facts,
@@ -318,7 +318,7 @@ class _Run:
                     except OSError as error:  # a page lacks pictures; whether there is a checkpoint the saver says
                         self.say(f"cannot write {self.folder / 'gallery.json'}: {error.strerror}")
         if self.miner.history and end_of_epoch:
-            self.miner.history.remember(self.engine.module, self.target, lr)
+            self.miner.history.remember(self.engine.module, self.objective.target, self.lr)
 
     def _settle(self) -> None:
         """Wait for the checkpoint under way; where it could not be written every rank raises alike. Collective."""

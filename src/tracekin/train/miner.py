@@ -8,17 +8,20 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tracekin.config import MiningConfig
+from tracekin.data.batch import Batch
 from tracekin.distributed import collectives
 from tracekin.distributed.collectives import Traffic, open_group
 from tracekin.influence.candidates import Block, Candidates
-from tracekin.influence.gradients import Factors, gradient_factors, normalised
+from tracekin.influence.gradients import Factors, normalised
 from tracekin.influence.mining import Mined
 from tracekin.influence.policies import POLICIES, choose
+from tracekin.influence.precision import widen
 from tracekin.influence.queue import Queue
 from tracekin.influence.selection import keep_above, keep_mutual
+from tracekin.objective.objective import Comparison, Objective
 from tracekin.train.exchange import Exchange
 from tracekin.train.layers import History, Recorder, scaled
 
@@ -28,20 +31,20 @@ class Miner:
 
     Args:
         mining: what and how.
-        online: the online network itself, whose layers policy ``ghost`` watches.
+        objective: whose gradients are compared, and whose online network's layers policy ``ghost`` watches.
         seed: of random draws.
         local_size: ranks a node, for ``mining.pool=node``.
     """
 
-    def __init__(self, mining: MiningConfig, online: nn.Module, seed: int, local_size: int = 1) -> None:
-        self.mining, self.seed = mining, seed
+    def __init__(self, mining: MiningConfig, objective: Objective, seed: int, local_size: int = 1) -> None:
+        self.mining, self.objective, self.seed = mining, objective, seed
         self.policy = POLICIES.get(mining.policy)
         self.gradients_of = self.policy.gradients if self.policy else "none"
         group = open_group(mining.pool if self.policy else "rank", local_size)
         self.exchange = Exchange(mining, group)
         self.queue = Queue(mining.queue, mining.queue_half_life) if mining.queue and self.policy else None
         several = self.gradients_of == "layers" and mining.layers > 1
-        self.recorder = Recorder(online, mining.layers - 1) if several else None
+        self.recorder = Recorder(objective.online, mining.layers - 1) if several else None
         self.history = History(mining.checkpoints) if self.gradients_of == "checkpoints" else None
         # Between ``send`` and ``gradients``: inputs of the watched layers, and what the rows' own factors must hold.
         self.recorded: list[Tensor] = []
@@ -64,25 +67,26 @@ class Miner:
         self.own_hidden = [self.exchange.send(layer) for layer in (hidden_BVH, *self.recorded)]
 
     def gradients(
-        self, hidden_BVH: Tensor, prediction_BVD: Tensor, target_BVD: Tensor, views: Tensor, lr: float
+        self, hidden_BVH: Tensor, compared: Comparison, batch: Batch, step: int, lr: float
     ) -> tuple[Factors, ...]:
         """Factors of each image's loss gradient, as the policy wants them.
 
         Args:
-            hidden_BVH: input of the predictor's last layer, which ``send`` was given.
-            prediction_BVD: its output.
-            target_BVD: what each view's prediction is compared with.
-            views: [V, B, C, S, S] of the same images.
+            hidden_BVH: input of the last layer, which ``send`` was given.
+            compared: what the objective makes of its output.
+            batch: the same images.
+            step: of random draws.
             lr: learning rate of this step, the weight of the current weights in TracInCP.
         """
         if self.policy is None or self.gradients_of == "none":
             return ()
-        layers = [gradient_factors(hidden_BVH, prediction_BVD, target_BVD)]
+        layers = [Factors(widen(hidden_BVH), compared.delta())]
         if self.recorder:
             deltas = self.recorder.deltas(layers[0].delta)
             layers += [Factors(*pair) for pair in zip(self.recorded, deltas, strict=True)]
         if self.history:
-            layers = [scaled(layers[0], lr), *self.history.gradients(views)]
+            older = self.history.gradients(self.objective, batch.views[:2], batch.index, step)
+            layers = [scaled(layers[0], lr), *older]
             self.own_hidden += [self.exchange.send(layer.hidden) for layer in layers[1:]]
         if self.policy.normalise:
             layers = list(normalised(*layers))

@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tracekin.distributed import collectives
 from tracekin.influence.candidates import Block
@@ -17,18 +16,18 @@ from tracekin.monitor.metrics import Meter, spread
 from tracekin.train.miner import Miner
 from tracekin.train.step import Found, Losses
 
-PHASES = ("online", "target", "mining", "backward", "update", "save")
+PHASES = ("online", "target", "mining", "loss", "backward", "update", "save")
 
 
 def measure(meter: Meter, losses: Losses, miner: Miner, step: int) -> None:
     """Add a step's losses and, where something was mined, how well; nothing waits for the device."""
-    meter.add(loss=losses.loss, loss_byol=losses.loss_byol, loss_mined=losses.loss_mined)
+    meter.add(loss=losses.loss, **{f"loss_{name}": part for name, part in losses.parts.items()})
     found = losses.found
     if found is None:
         return
     chosen = (found.mined.index >= 0).any(1)
     meter.add(num_anchors=float(len(chosen)), num_mined=chosen.sum(), num_positives=(found.mined.index >= 0).sum())
-    everyones = collectives.gather(chosen_ids(found))
+    everyones = collectives.gather(found.chosen_ids)
     degree = in_degree(everyones, max(len(everyones), len(found.columns.ids)))  # a pool may be smaller than the batch
     meter.add(max_in_degree=degree.most, num_distinct=degree.different, num_held=degree.held)
     if found.best.index.shape[1] > 1:
@@ -74,7 +73,7 @@ def line(
         return None if found is None else found / collectives.world_size()
 
     return {
-        **{key: sums[key] / each if each else math.nan for key in ("loss", "loss_byol", "loss_mined")},
+        **{key: sums[key] / each if each else math.nan for key in ("loss", *(f"loss_{name}" for name in losses.parts))},
         "hit_rate": share("hits", "num_mined"),
         "chance_rate": share("chance", "num_mined"),
         "mined_fraction": share("num_mined", "num_anchors"),
@@ -100,15 +99,10 @@ def gallery_pairs(found: Found, most: int) -> list[list[float]]:
     Evenly spaced over the batch rather than picked by score, for the report.
     """
     best = found.mined.score.argmax(1, keepdim=True)  # the first may have been dropped
-    chosen = torch.cat((found.rows.ids[:, None], chosen_ids(found).gather(1, best)), 1)
+    chosen = torch.cat((found.rows.ids[:, None], found.chosen_ids.gather(1, best)), 1)
     ids, scores = collectives.gather(chosen).tolist(), collectives.gather(found.mined.score.amax(1)).tolist()
     mined = [[anchor, other, score] for (anchor, other), score in zip(ids, scores, strict=True) if other >= 0]
     return mined[:: max(1, len(mined) // most)][:most]
-
-
-def chosen_ids(found: Found) -> Tensor:
-    """[B, k] int64 ids of the positives; -1 where there is none."""
-    return torch.where(found.mined.index >= 0, found.columns.ids[found.mined.index.clamp(min=0)], -1)
 
 
 def _other_choice(found: Found, miner: Miner, step: int) -> Any:

@@ -11,14 +11,14 @@ from tracekin import checkpoint
 from tracekin.config import Config, UserError
 from tracekin.data.manifest import Manifest
 from tracekin.distributed import collectives
-from tracekin.model.byol import Online, Target
+from tracekin.objective.objective import Objective
 from tracekin.train.checks import changes, check_same
 from tracekin.train.engine import load_optimiser_tensors, optimiser_tensors
 from tracekin.train.miner import Miner
 from tracekin.train.randomness import gather_random_state, restore_random_state
 
 
-def gather_parts(engine: Any, target: Target, miner: Miner, device: torch.device) -> dict[str, dict[str, Tensor]]:
+def gather_parts(engine: Any, objective: Objective, miner: Miner, device: torch.device) -> dict[str, dict[str, Tensor]]:
     """The tensors of a checkpoint, by checkpoint.PARTS; on rank 0 copies on the host, empty on the others. Collective.
 
     The training may go on as soon as this returns.
@@ -26,7 +26,7 @@ def gather_parts(engine: Any, target: Target, miner: Miner, device: torch.device
     optimiser, ranks = optimiser_tensors(engine), gather_random_state(device)
     if collectives.rank():
         return {}
-    networks = {"online": engine.module, "target": target}
+    networks = {"online": engine.module, **objective.kept}
     model = {f"{name}.{key}": t for name, net in networks.items() for key, t in net.state_dict().items()}
     parts = {"model": model, "optimiser": optimiser, "ranks": ranks}
     if miner.queue:
@@ -91,20 +91,20 @@ def find_checkpoint(
     return Found(folder, state, changed)
 
 
-def load_networks(folder: Path, online: Online, target: Target) -> None:
-    """Set both networks; before the engine is built, which makes copies of the weights.
+def load_networks(folder: Path, networks: dict[str, nn.Module]) -> None:
+    """Set networks, by name; before the engine is built, which makes copies of the weights.
 
     Raises:
         UserError: the checkpoint is damaged, or of networks of another shape.
     """
     tensors = checkpoint.load_part(folder, "model")
-    for name, net in (("online.", online), ("target.", target)):
-        own = {key.removeprefix(name): tensor for key, tensor in tensors.items() if key.startswith(name)}
-        _fill(net, own, f"{folder}: {name.rstrip('.')}")
+    for name, net in networks.items():
+        own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+        _fill(net, own, f"{folder}: {name}", "objective.queue" if name == "memory" else "model.*")
 
 
 def load_rest(
-    found: Found, engine: Any, target: Target, miner: Miner, device: torch.device, say: Callable[[str], None]
+    found: Found, engine: Any, objective: Objective, miner: Miner, device: torch.device, say: Callable[[str], None]
 ) -> None:
     """Set the optimiser, what the miner remembers and this rank's random state. Collective.
 
@@ -122,7 +122,7 @@ def load_rest(
         lasting = collectives.broadcast_object(lasting if wanted else [])
         for path in lasting:
             rate = checkpoint.load_state(path)["lr"]
-            load_networks(path, *miner.history.remember(engine.module, target, rate))
+            load_networks(path, miner.history.remember(engine.module, objective.target, rate))
         if len(lasting) < wanted:
             say(
                 f"only {len(lasting)} of the {wanted} checkpoints that mining.policy={miner.mining.policy} sums over"
@@ -131,13 +131,13 @@ def load_rest(
     restore_random_state(checkpoint.load_part(found.folder, "ranks"), device)
 
 
-def _fill(net: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+def _fill(net: nn.Module, tensors: dict[str, Tensor], what: str, keys: str) -> None:
     own = net.state_dict()
     if lacking := sorted(own.keys() ^ tensors.keys()):
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-        raise UserError(f"{what} does not fit model.*: {lacking[0]}{more} is in one of them alone.")
+        raise UserError(f"{what} does not fit {keys}: {lacking[0]}{more} is in one of them alone.")
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
             shapes = f"{list(tensor.shape)} there and {list(own[name].shape)} under this config"
-            raise UserError(f"{what} does not fit model.*: {name} is {shapes}.")
+            raise UserError(f"{what} does not fit {keys}: {name} is {shapes}.")
     net.load_state_dict(tensors)
