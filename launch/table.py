@@ -1,4 +1,4 @@
-"""What a sweep says: groups over seeds, differences to plain BYOL, and one row a run; at any time.
+"""What a sweep says: groups over seeds, differences to no mining, and one row a run; at any time.
 
 ``python -m launch.table SWEEP`` (the sweep's file or folder) writes table.csv, table.md and table.html into the sweep's
 folder and prints the grouped tables. An element without its evaluation stays a row, with its state.

@@ -112,7 +112,7 @@ def markdown(story: Story) -> str:
         lines += ["", f"## {part.title}", "", *cells.markdown_table(*_results(part, story)), "", part.caption]
         differences = _differences(part)
         if differences:
-            lines += ["", "### Difference to plain BYOL", "", *cells.markdown_table(*differences), "", verdict(part)]
+            lines += ["", "### Difference to no mining", "", *cells.markdown_table(*differences), "", verdict(part)]
     lines += ["", "## Elements", "", *cells.markdown_table(*elements_table(story))]
     return "\n".join(lines) + "\n"
 
@@ -150,7 +150,7 @@ def verdict(part: Part, mark: str = "") -> str:
     """What the intervals of the differences say together; ``mark`` stands beside those that exclude 0."""
     every = [estimate for _, group in part.groups for estimate in group.differences.values()]
     known = [estimate for estimate in every if estimate.interval]
-    said = "Difference to plain BYOL (mining.policy=none), paired by seed: mean and 95 % interval over seeds."
+    said = "Difference to no mining (mining.policy=none), paired by seed: mean and 95 % interval over seeds."
     if known:
         exclude = sum(estimate.excludes_zero for estimate in known)
         said += f" {exclude} of {len(known)} intervals exclude 0{mark}; by luck alone 1 in 20 would."

@@ -30,7 +30,7 @@ _CODES = {"INT": INTERRUPTED, "USR2": TRY_AGAIN, "TERM": TRY_AGAIN}
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
 @click.version_option(__version__, prog_name="tracekin")
 def cli() -> None:
-    """Pretrain an image encoder with BYOL and positives mined by influence."""
+    """Pretrain an image encoder: BYOL or a sibling (objective.name), with positives mined by influence."""
 
 
 @cli.command()

@@ -1,6 +1,7 @@
 """Influence of a finished run against float64 autograd, and what is written of it."""
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.data.tiny import make_dataset
 from tests.evaluate.tiny_influence import make_run, naive_scores
 from tests.influence.naive import candidates
 from tests.monitor.test_report import checked
-from tracekin.config import InfluenceConfig, UserError
+from tracekin.config import Config, InfluenceConfig, ObjectiveConfig, UserError, load, to_yaml
 from tracekin.data.manifest import Manifest
 from tracekin.data.reader import ShardReader
 from tracekin.data.stream import augmented_batches
@@ -284,3 +285,12 @@ def test_what_cannot_be_asked(run: Path, manifest: Manifest, tmp_path: Path) -> 
     bare = make_run(tmp_path / "bare", manifest, {})
     with pytest.raises(UserError, match="no complete checkpoint"):
         prepare(bare, "val", QUICK)
+
+
+def test_an_objective_without_gradients_of_single_images_is_refused(run: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    config = load(Config, run / "config.yaml")
+    other = replace(config, objective=ObjectiveConfig("simclr"), model=replace(config.model, predictor_hidden=0))
+    (copied / "config.yaml").write_text(to_yaml(other))
+    with pytest.raises(UserError, match=r"objective\.name=simclr, whose loss compares .* byol and simsiam"):
+        prepare(copied, "val", InfluenceConfig())

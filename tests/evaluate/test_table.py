@@ -138,3 +138,20 @@ def test_the_interval_covers_a_drift_that_lines_alone_would_hide() -> None:
     low, high = rates(lines)["hit_rate_interval"]
     naive = 1.96 * drift[-1000:].std() / np.sqrt(1000)
     assert (high - low) / 2 > 4 * naive
+
+
+def test_objectives_are_told_apart_and_have_their_own_control(runs: list[Path], tmp_path: Path) -> None:
+    """A run is compared with that of its own objective without mining, and with no other."""
+    manifest = make_dataset(tmp_path / "data", train=36, val=12, test=18, size=32)
+    others = [
+        make_run(tmp_path / policy, manifest, policy, weights=7, objective="simclr") for policy in ("none", "fnc")
+    ]
+    mixed = make_run(tmp_path / "mixed", manifest, "fnc", weights=8, objective="vicreg")
+    for folder in (*others, mixed):
+        evaluate_run(folder, QUICK)
+    rows = {row["label"]: row for row in collect([*runs, *others, mixed])["rows"]}
+    named = ["byol none", "byol tracin", "simclr none", "simclr fnc", "vicreg fnc"]
+    assert list(rows) == ["pixels", "untrained", *named]
+    minus = rows["simclr fnc"]["knn_balanced_accuracy"] - rows["simclr none"]["knn_balanced_accuracy"]
+    assert rows["simclr fnc"]["over_none"]["value"] == pytest.approx(minus)
+    assert rows["vicreg fnc"]["over_none"] is None

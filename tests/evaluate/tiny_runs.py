@@ -7,7 +7,17 @@ from typing import Literal
 import torch
 
 from tracekin import checkpoint
-from tracekin.config import Config, DataConfig, MiningConfig, ModelConfig, Policy, to_dict, to_yaml
+from tracekin.config import (
+    Config,
+    DataConfig,
+    MiningConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    ObjectiveName,
+    Policy,
+    to_dict,
+    to_yaml,
+)
 from tracekin.data.manifest import Manifest
 from tracekin.model.backbone import build_backbone
 
@@ -20,6 +30,7 @@ def make_run(
     seed: int = 0,
     weights: int = 0,
     channels: Literal[1, 3] = 3,
+    objective: ObjectiveName = "byol",
     model: ModelConfig = ModelConfig(),  # noqa: B008 -- it is frozen
 ) -> Path:
     """Write a run of ``seed`` whose backbone is initialised from the seed ``weights``; returns its folder."""
@@ -29,6 +40,7 @@ def make_run(
         seed=seed,
         data=DataConfig(manifest=manifest.path, image_size=32, channels=channels),
         model=model,
+        objective=ObjectiveConfig(objective),
         mining=MiningConfig(policy=policy),
     )
     folder.mkdir(parents=True)

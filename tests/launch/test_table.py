@@ -98,7 +98,7 @@ def test_the_page_loads_nothing_and_holds_both_tables(sweep: list[Element], tmp_
     collect_table(FOLDER, {}, out=tmp_path, publish=False)
     page = (tmp_path / "table.html").read_text(encoding="utf-8")
     assert not re.search(r"<script|https?://|src=\"(?!data:)", page)
-    assert "Difference to plain BYOL" in page
+    assert "Difference to no mining" in page
     assert page.count('<img src="data:image/svg+xml;base64,') == 2
 
 

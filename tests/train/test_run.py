@@ -37,6 +37,8 @@ REQUIRED = [
     "agreement",
     "target_std",
     "effective_rank",
+    "alignment",
+    "uniformity",
     "images_per_second",
     "data_wait_fraction",
     "mining_seconds",

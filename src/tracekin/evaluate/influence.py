@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tracekin import checkpoint
-from tracekin.config import Config, InfluenceConfig, UserError, load
+from tracekin.config import Config, InfluenceConfig, UserError, load, own
 from tracekin.data.batch import Batch
 from tracekin.data.manifest import Manifest, read_manifest
 from tracekin.data.reader import ShardReader
@@ -97,12 +97,17 @@ def prepare(run_folder: Path, split: str, config: InfluenceConfig) -> Study:
         config: settings of the search.
 
     Raises:
-        UserError: no run, no complete checkpoint, other shards than the run's, no such split or image, k too large, or
-            more images and checkpoints than this machine's memory holds.
+        UserError: no run, one of another objective than byol and simsiam, no complete checkpoint, other shards than the
+            run's, no such split or image, k too large, or more images and checkpoints than this machine's memory holds.
     """
     if not (run_folder / "config.yaml").is_file():
         raise UserError(f"{run_folder} is no run: it has no config.yaml. Name what `tracekin pretrain` made.")
     run = load(Config, run_folder / "config.yaml")
+    if not own(run.objective.name).each:
+        raise UserError(
+            f"{run_folder} was trained with objective.name={run.objective.name}, whose loss compares images with"
+            " others: none has a loss, and a gradient, of its own; accepted are runs of byol and simsiam."
+        )
     manifest = read_manifest(config.manifest or run.data.manifest)
     numbers = _numbers(ShardReader(manifest, split, run.data), split, config.images)
     searched = len(ShardReader(manifest, config.against, run.data))

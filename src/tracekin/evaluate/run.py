@@ -188,6 +188,7 @@ def _facts(
     return {
         "run": run.name,
         "method": run.mining.policy,
+        "objective": run.objective.name,
         "seed": run.seed,
         "checkpoint": newest.name,
         "step": checkpoint.load_state(newest)["step"],

@@ -154,7 +154,7 @@ def _estimates(members: Sequence[Result]) -> dict[str, Estimate]:
 
 
 def _control(assignment: Assignment, by_group: Mapping[str, Sequence[Result]]) -> Sequence[Result]:
-    """Results of plain BYOL beside an assignment of another policy; empty if there are none."""
+    """Results without mining beside an assignment of another policy; empty if there are none."""
     if assignment.get("mining.policy", "none") == "none":
         return []
     exact = by_group.get(_key({**assignment, "mining.policy": "none"}))

@@ -39,7 +39,7 @@ def collect(run_folders: Sequence[Path]) -> Json:
     rows = _baseline_rows(found)
     for folder, evaluation, lines in zip(run_folders, found, metrics, strict=True):
         own = next(row for row in evaluation["rows"] if row["method"] == evaluation["method"])
-        facts = {key: evaluation[key] for key in ("run", "seed", "step")}
+        facts = {key: evaluation[key] for key in ("run", "seed", "step")} | {"objective": _objective(evaluation)}
         rows.append(flat_row(own) | facts | rates(lines) | _differences(folder, evaluation, run_folders, found))
     _label(rows)
     return {
@@ -197,7 +197,7 @@ def _baseline_rows(found: Sequence[Json]) -> list[Json]:
 
 def flat_row(row: Json) -> Json:
     """A row of an evaluation as a row of the summary, with every key that one may have."""
-    flat: Json = {"method": row["method"], "run": None, "seed": None, "step": None}
+    flat: Json = {"method": row["method"], "objective": None, "run": None, "seed": None, "step": None}
     for probe in PROBES:
         for metric in METRICS:
             estimate = row[probe][metric] or {"value": None, "standard_error": None, "interval": None}
@@ -210,7 +210,7 @@ def flat_row(row: Json) -> Json:
 
 
 def _differences(folder: Path, evaluation: Json, run_folders: Sequence[Path], found: Sequence[Json]) -> Json:
-    """The kNN score minus that of the better baseline, and minus that of the run of policy none with the same seed."""
+    """The kNN score minus that of the better baseline, and minus that of its objective without mining, same seed."""
     mine = _predictions(folder, evaluation)
     result: Json = {"over_baseline": None, "over_none": None}
     baselines = [row for row in evaluation["rows"] if row["method"] in BASELINES]
@@ -222,7 +222,8 @@ def _differences(folder: Path, evaluation: Json, run_folders: Sequence[Path], fo
     plain = [
         (path, other)
         for path, other in zip(run_folders, found, strict=True)
-        if other["method"] == "none" and other["seed"] == evaluation["seed"]
+        if other["method"] == "none"
+        and all(of(other) == of(evaluation) for of in (_objective, lambda run: run["seed"]))
     ]
     if len(plain) == 1 and evaluation["method"] != "none":
         result["over_none"] = _paired(evaluation, mine, evaluation["method"], _predictions(*plain[0]), "none")
@@ -256,9 +257,16 @@ def _paired(
 
 
 def _label(rows: Sequence[Json]) -> None:
-    """Name each row by its method, and where that is not enough by its run or seed too."""
-    methods = Counter(row["method"] for row in rows)
+    """Name each row by its policy, with its objective unless all are BYOL's, and if need be with its run or seed."""
+    several = any(row["objective"] not in (None, "byol") for row in rows)
     for row in rows:
-        row["label"] = row["method"]
-        if methods[row["method"]] > 1 and row["method"] != "pixels":
+        row["label"] = f"{row['objective']} {row['method']}" if several and row["objective"] else row["method"]
+    labels = Counter(row["label"] for row in rows)
+    for row in rows:
+        if labels[row["label"]] > 1 and row["method"] != "pixels":
             row["label"] += f" {row['run'].split('/')[-1]}" if row["run"] else f" seed {row['seed']}"
+
+
+def _objective(evaluation: Json) -> str:
+    objective: str = evaluation.get("objective", "byol")  # there was no other
+    return objective

@@ -88,7 +88,7 @@ def findings(summary: Json) -> list[str]:
             than = f"{row['over_baseline']['method']}, the better baseline"
             said.append(f"{row['label']}: kNN {metric} {_difference(row['over_baseline'])} {than}.")
         if row["over_none"]:
-            said.append(f"{row['label']}: kNN {metric} {_difference(row['over_none'])} plain BYOL (none, same seed).")
+            said.append(f"{row['label']}: kNN {metric} {_difference(row['over_none'])} none (no mining, same seed).")
         if row["hit_rate_interval"]:
             low, high = row["hit_rate_interval"]
             where = "above" if row["hit_rate_exceeds_chance"] else "below" if high < row["chance_rate"] else "around"

@@ -1,4 +1,4 @@
-"""Per-sample gradients of the BYOL loss at the predictor's last Linear layer, as factors and in closed form.
+"""Per-sample gradients at the last Linear layer, as factors and, for the BYOL loss, in closed form.
 
 Shape suffixes: B images, V views, H width of the layer's input, D width of its output.
 

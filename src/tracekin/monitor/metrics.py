@@ -71,19 +71,27 @@ class Meter:
         return dict(zip(names, totals, strict=True))
 
 
-def spread(target_BD: Tensor) -> dict[str, float]:
-    """Collapse monitors of the global batch's projections.
+def spread(target_BVD: Tensor) -> dict[str, float]:
+    """Collapse monitors of the global batch's projections, [B, 2, D]; all but the alignment are of the first view.
+
+    alignment: mean squared distance of the views' unit vectors, 0 when they agree; uniformity: log of the mean over
+    pairs of images of exp(-2 squared distance), 0 when collapsed, -4 when spread evenly (Wang and Isola, 2005.10242).
 
     target_std: standard deviation of the unit vectors' coordinates, mean over D, times sqrt(D): 1 when spread evenly,
     0 when collapsed. effective_rank: exp(entropy) of the centred unit vectors' singular values (Roy and Vetterli 2007).
-    Both NaN where a projection is not finite.
+    All NaN where a projection is not finite.
     """
-    if not target_BD.isfinite().all():
-        return {"target_std": math.nan, "effective_rank": math.nan}
-    unit_BD = torch.nn.functional.normalize(target_BD.float(), dim=1)
+    if not target_BVD.isfinite().all():
+        return dict.fromkeys(("target_std", "effective_rank", "alignment", "uniformity"), math.nan)
+    unit_BVD = torch.nn.functional.normalize(target_BVD.float(), dim=2)
+    alignment = (unit_BVD[:, 0] - unit_BVD[:, 1]).square().sum(1).mean()
+    unit_BD = unit_BVD[:, 0]
+    square_BB = (2 - 2 * unit_BD @ unit_BD.T).fill_diagonal_(torch.inf)
+    uniformity = (-2 * square_BB).exp().sum().log() - math.log(len(unit_BD) * (len(unit_BD) - 1))
     centred_BD = unit_BD - unit_BD.mean(0)
-    std = centred_BD.square().mean(0).sqrt().mean() * math.sqrt(target_BD.shape[1])
+    std = centred_BD.square().mean(0).sqrt().mean() * math.sqrt(unit_BD.shape[1])
     singular = torch.linalg.svdvals(centred_BD)
     share = singular / singular.sum().clamp(min=torch.finfo(singular.dtype).tiny)
     entropy = -(share * share.clamp(min=1e-12).log()).sum()
-    return {"target_std": float(std), "effective_rank": float(entropy.exp())}
+    found = {"target_std": std, "effective_rank": entropy.exp(), "alignment": alignment, "uniformity": uniformity}
+    return {key: float(value) for key, value in found.items()}

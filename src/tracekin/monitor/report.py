@@ -16,7 +16,11 @@ from tracekin.monitor.pages import render_template
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 # Title, explanation, key of metrics.jsonl, and the key of a dashed companion.
 CHARTS = (
-    ("Loss", "Training loss, the mined term included; without it 0 is full agreement of the views, 4 is none.", "loss"),
+    (
+        "Loss",
+        "Training loss, the mined term included; BYOL's, without it, is 0 at full agreement of the views, 4 at none.",
+        "loss",
+    ),
     (
         "Hit rate and chance",
         "Share of mined positives with the anchor's label; dashed is chance, their share among all candidates.",
@@ -34,6 +38,12 @@ CHARTS = (
         "By how much of its score the best candidate leads the second; dashed is how often mining.compare agrees.",
         "score_gap",
         "agreement",
+    ),
+    (
+        "Alignment and uniformity",
+        "Squared distance of an image's views: 0 is agreement. Dashed is uniformity: 0 is collapse, -4 spread evenly.",
+        "alignment",
+        "uniformity",
     ),
     ("Effective rank", "How many directions the projections use; a fall towards 1 is collapse.", "effective_rank"),
     ("Target spread", "Standard deviation of the projections: 1 is spread evenly, 0 is collapsed.", "target_std"),

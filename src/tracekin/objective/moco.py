@@ -152,9 +152,9 @@ class MoCo(Objective):
             negatives = collectives.gather(keys_BVD), collectives.gather(ids_B)
         return Queried(output_BVD, projection_BVD, ids_B, *negatives, self.temperature, self.scale)
 
-    def remember(self, seen_BVD: Tensor, ids_B: Tensor) -> None:
+    def remember(self, projection_BVD: Tensor, ids_B: Tensor) -> None:
         if self.memory is not None:
-            self.memory.write(F.normalize(seen_BVD[:, :2], dim=-1), ids_B)
+            self.memory.write(F.normalize(projection_BVD[:, :2], dim=-1), ids_B)
 
     @property
     def kept(self) -> dict[str, nn.Module]:

@@ -104,7 +104,7 @@ class Objective(ABC):
             assert tau is not None
             self.target.follow(online, tau)
 
-    def remember(self, seen_BVD: Tensor, ids_B: Tensor) -> None:  # noqa: B027  # most keep nothing
+    def remember(self, projection_BVD: Tensor, ids_B: Tensor) -> None:  # noqa: B027  # most keep nothing
         """After a step that counts: keep what later steps compare with. Collective."""
 
     @property

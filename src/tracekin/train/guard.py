@@ -20,6 +20,13 @@ from tracekin.train.errors import DivergedError, DriftError
 
 NAMED = 3
 """Tensors that a message names."""
+REMEDIES = {
+    "byol": ", or raise objective.tau_base",
+    "moco": ", or raise objective.tau_base",
+    "vicreg": ", or raise objective.variance",
+    "wmse": ", or raise objective.sub_batch",
+}
+"""What else helps against collapse."""
 
 
 class Refusals:
@@ -84,6 +91,7 @@ class Collapse:
 
     def __init__(self, config: Config) -> None:
         self.guard = config.guard
+        self.remedy = REMEDIES.get(config.objective.name, "")
         self.warned = False
 
     def look(self, record: dict[str, Any]) -> None:
@@ -98,7 +106,7 @@ class Collapse:
             return
         said = f"step {record['step']}: the targets have collapsed: {', '.join(below)} (guard.min_*)"
         if self.guard.collapse == "stop":
-            raise DivergedError(f"{said}. Lower optimiser.lr, or raise objective.tau_base.")
+            raise DivergedError(f"{said}. Lower optimiser.lr{self.remedy}.")
         if not self.warned and collectives.rank() == 0:
             print(f"{said}; the run goes on (guard.collapse=stop would end it).", flush=True)
         self.warned = True

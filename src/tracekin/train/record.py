@@ -82,7 +82,7 @@ def line(
         "hub_share": of_all("num_held"),
         "score_gap": share("gap", "num_gaps"),
         "agreement": share("same", "num_compared"),
-        **spread(collectives.gather(losses.target_BVD)[:, 0]),
+        **spread(collectives.gather(losses.projection_BVD[:, :2])),
         "data_wait_fraction": phases["data"] / seconds,
         "step_seconds": seconds / steps,
         **{f"{phase}_seconds": phases.get(phase, 0.0) / steps for phase in PHASES},

@@ -67,7 +67,7 @@ class Reporter:
         spare = left_over(count, shuffle_of(config.data, config.seed, config.train.global_batch))
         rest = f"{spare} images an epoch left out" if spare >= 0 else f"{-spare} images an epoch seen twice"
         return (
-            f"{config.mining.policy} on {self.manifest.name}, {count} train images ({rest}), {config.model.backbone},"
-            f" {config.data.image_size} px, batch {config.train.global_batch} over {self.world.size} {device} rank(s),"
-            f" ZeRO {config.train.zero_stage}, {config.train.precision}"
+            f"{config.objective.name}, mining {config.mining.policy}, on {self.manifest.name}, {count} train images"
+            f" ({rest}), {config.model.backbone}, {config.data.image_size} px, batch {config.train.global_batch} over"
+            f" {self.world.size} {device} rank(s), ZeRO {config.train.zero_stage}, {config.train.precision}"
         )

@@ -48,7 +48,8 @@ class Losses(NamedTuple):
     loss: Tensor
     parts: dict[str, Tensor]
     """The objective's own loss by its name, the named parts of it, and the ``mined`` term."""
-    target_BVD: Tensor
+    projection_BVD: Tensor
+    """What predictions are compared with, as it left the network."""
     found: Found | None
 
 
@@ -99,7 +100,7 @@ def loss_with_mined_positives(
             positive_BkVD = found.columns.target[found.mined.index.clamp(min=0)]
             loss_mined = compared.attraction(positive_BkVD, positive_weights(found.mined))
     parts = {objective.name: own.loss, **own.parts, "mined": loss_mined}
-    return Losses(own.loss + weight * loss_mined, parts, compared.seen_BVD, found)
+    return Losses(own.loss + weight * loss_mined, parts, projection_BVD, found)
 
 
 def train_step(
@@ -122,5 +123,5 @@ def train_step(
     with context["clock"].phase("update"):
         engine.step()
         objective.follow(engine.module, tau)
-        objective.remember(losses.target_BVD, batch.index)
+        objective.remember(losses.projection_BVD, batch.index)
     return losses
