@@ -65,8 +65,8 @@ data/ham10000/manifest.json: | $(STAMP)
 	python -m shards.pack $(SOURCE) --recipe ham10000 --out data/ham10000
 
 ham10000: $(STAMP) data/ham10000/manifest.json
-	$(PRETRAIN) configs/pretrain/ham10000.yaml name=ham10000/none mining.policy=none
-	$(PRETRAIN) configs/pretrain/ham10000.yaml name=ham10000/tracin_cosine mining.policy=tracin_cosine
+	$(PRETRAIN) configs/pretrain/ham10000/byol.yaml name=ham10000/none mining.policy=none
+	$(PRETRAIN) configs/pretrain/ham10000/byol.yaml name=ham10000/tracin_cosine mining.policy=tracin_cosine
 	tracekin evaluate runs/ham10000/none runs/ham10000/tracin_cosine
 	tracekin report runs/ham10000/none runs/ham10000/tracin_cosine --out runs/ham10000
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.checkpoint_cost [key=value ...]
 
-Two ranks train as configs/pretrain/ham10000.yaml says, on drawn lesions, with the whole loop of a run. Every second
+Two ranks train as configs/pretrain/ham10000/byol.yaml says, on drawn lesions, with the whole loop of a run. Every second
 epoch ends without its checkpoint. What a checkpoint costs is the median difference between the times from one epoch's
 end to the next with and without it: the copies that the training waits for, and the cores that hashing and writing take
 from it meanwhile. `share` is that cost by the seconds that HAM10000's epoch of 54 steps takes here; `stall_share`
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--lesions", type=int, default=700, help="that are drawn (%(default)s)")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of the checkpoint that is timed (%(default)s)")
     parser.add_argument("--pairs", type=int, default=5, help="saves and loads of it (%(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of configs/pretrain/ham10000.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of configs/pretrain/ham10000/byol.yaml")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
@@ -133,7 +133,7 @@ def main() -> None:
         fixed = [f"folder={folder}", f"data.manifest={folder}/data/manifest.json", f"train.epochs={options.epochs}"]
         fixed += ["name=run", "monitor.wandb=disabled", "train.log_every=1"]
         try:
-            config = load(Config, "configs/pretrain/ham10000.yaml", [*fixed, *options.overrides])
+            config = load(Config, "configs/pretrain/ham10000/byol.yaml", [*fixed, *options.overrides])
         except UserError as error:
             parser.error(str(error))
         result = per_gigabyte(folder / "speed", options.gigabytes, options.pairs)

@@ -13,7 +13,7 @@ alternating, loader processes started anew each turn:
 - image_folder: torchvision's ImageFolder and PILToTensor over the same images as files, DataLoader(shuffle=True).
 
 All three must deliver the same images, pixel for pixel. Then, with views as in training
-(`configs/pretrain/ham10000.yaml`): unique memory (USS) of the loader processes at the end of each of three epochs, and
+(`configs/pretrain/ham10000/byol.yaml`): unique memory (USS) of the loader processes at the end of each of three epochs, and
 the time from a resumption in the middle of an epoch to the first batch.
 
 Exit code 1: a ratio below 1, other pixels, USS above 300 MiB or that grows by more than a tenth from the first epoch to
@@ -50,7 +50,7 @@ from tracekin.data.stream import Item, pretrain_batches, reading, run_stages
 
 BATCH, WORKERS, EPOCHS = 64, 2, 3
 USS_BOUND, GROWTH_BOUND, FIRST_BATCH_BOUND = 300 * 2**20, 1.1, 2.0
-RECIPE = Path(__file__).parent.parent / "configs/pretrain/ham10000.yaml"
+RECIPE = Path(__file__).parent.parent / "configs/pretrain/ham10000/byol.yaml"
 
 
 def ours(manifest: Manifest) -> Iterator[Tensor]:

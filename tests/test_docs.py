@@ -11,6 +11,7 @@ from tests.influence import naive
 from tests.train.tiny_run import context, global_batch, miner, networks
 from tracekin.config import Config, EvaluateConfig, load
 from tracekin.influence import POLICIES, Block, choose
+from tracekin.objective import OBJECTIVES
 from tracekin.train.step import loss_with_mined_positives
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +57,28 @@ def test_commands_exist(document: Path, line: str) -> None:
         from tracekin.cli import cli
 
         assert words[1] in cli.commands
+
+
+def test_the_example_of_an_objective_is_one_file_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CONTRIBUTING's file trains, with mining, and its gradient is autograd's."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = re.search(r"^## A new objective.*?^```python\n(.*?)^```", text, re.M | re.S)
+    assert section
+    module = ModuleType("align")
+    exec(section.group(1), module.__dict__)
+    assert len([line for line in section.group(1).splitlines() if line and "import" not in line]) <= 30  # as promised
+
+    monkeypatch.setitem(OBJECTIVES, "simclr", module.OBJECTIVE)  # in the place of one whose heads are as wide
+    online, found = networks(torch.float64, name="simclr")
+    batch = global_batch(torch.float64)
+    losses = loss_with_mined_positives(online, found, batch, miner(found, "tracin_cosine"), **context())
+    assert losses.found is not None
+    outputs = online(batch.views)
+    compared = found.compare(outputs.output, outputs.projection, batch.index, 0)
+    loss = compared.loss().loss
+    delta = torch.autograd.grad(len(batch.index) * loss, outputs.output, retain_graph=True)[0]
+    assert torch.allclose(compared.delta(), delta)
+    assert torch.allclose(compared.attraction(outputs.projection[:, None], torch.ones(len(batch.index), 1)), loss)
 
 
 def test_the_example_of_a_policy_is_one_file_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,6 +164,9 @@ def resolved(
             " leave it out."
         )
     widths = {key: _width(value, model.backbone) for key, value in brought.widths.items()}
+    if objective.name in ("barlow_twins", "vicreg"):
+        # Correlations of N images are off by 1 / sqrt(N), and there are D^2: the papers have D = 4 N.
+        widths["projection"] = min(widths["projection"], 4 * global_batch)
     if objective.name == "wmse":  # the paper whitens twice as many images as dimensions
         widths["projection"] = max(1, min(widths["projection"], objective.option("sub_batch") // 2))
     model = replace(model, **{key: value for key, value in widths.items() if not getattr(model, key)})  # type: ignore[arg-type]
