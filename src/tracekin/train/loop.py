@@ -136,7 +136,8 @@ class _Run:
         self.clock, self.meter = Clock(device), Meter(device)
         self.losses: Losses | None = None
         self.agreement = Agreement()
-        self.refusals = Refusals(config, manifest, [*networks.values()])
+        forwarded = [net for net in (online, self.objective.target) if net is not None]
+        self.refusals = Refusals(config, manifest, forwarded)
         self.fingerprint = Fingerprint(config, manifest, world, networks)
         self.collapse = Collapse(config)
         keep = Keep(config.train.keep_checkpoints, config.train.keep_every)
