@@ -2,7 +2,7 @@
 
     python -m benchmarks.checkpoint_cost [key=value ...]
 
-Two ranks train as configs/pretrain/ham10000/byol.yaml says, on drawn lesions, with the whole loop of a run. Every second
+Two ranks train as configs/pretrain/ham10000/byol.yaml says, on drawn lesions, with a run's whole loop. Every second
 epoch ends without its checkpoint. What a checkpoint costs is the median difference between the times from one epoch's
 end to the next with and without it: the copies that the training waits for, and the cores that hashing and writing take
 from it meanwhile. `share` is that cost by the seconds that HAM10000's epoch of 54 steps takes here; `stall_share`

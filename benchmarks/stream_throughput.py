@@ -13,8 +13,8 @@ alternating, loader processes started anew each turn:
 - image_folder: torchvision's ImageFolder and PILToTensor over the same images as files, DataLoader(shuffle=True).
 
 All three must deliver the same images, pixel for pixel. Then, with views as in training
-(`configs/pretrain/ham10000/byol.yaml`): unique memory (USS) of the loader processes at the end of each of three epochs, and
-the time from a resumption in the middle of an epoch to the first batch.
+(`configs/pretrain/ham10000/byol.yaml`): unique memory (USS) of the loader processes at the end of each of three epochs,
+and the time from a resumption in the middle of an epoch to the first batch.
 
 Exit code 1: a ratio below 1, other pixels, USS above 300 MiB or that grows by more than a tenth from the first epoch to
 the last, or a first batch after more than 2 s.

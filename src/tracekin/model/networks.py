@@ -77,10 +77,12 @@ class Online(nn.Module):
         """
         *early, late = blocks
         linear, *rest = late.children()
+        narrow = self.autocast and len(rest) > 1  # a bare ReLU would keep what the layer has rounded
         with _autocast(x.device, self.autocast):
             for block in early:
                 x = block(x)
-            x = linear(x)
+        with _autocast(x.device, narrow):
+            x = linear(x if narrow else x.to(linear.weight.dtype))  # type: ignore[arg-type]
         with _autocast(x.device, False):
             x = x.to(linear.weight.dtype)  # type: ignore[arg-type]
             for layer in rest:

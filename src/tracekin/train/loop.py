@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tracekin import checkpoint
 from tracekin.checkpoint import Keep
@@ -136,7 +136,7 @@ class _Run:
         self.clock, self.meter = Clock(device), Meter(device)
         self.losses: Losses | None = None
         self.agreement = Agreement()
-        forwarded = [net for net in (online, self.objective.target) if net is not None]
+        forwarded: list[nn.Module] = [net for net in (online, self.objective.target) if net is not None]
         self.refusals = Refusals(config, manifest, forwarded)
         self.fingerprint = Fingerprint(config, manifest, world, networks)
         self.collapse = Collapse(config)
