@@ -109,18 +109,10 @@ class LightlyStep:
         online: whose weights are taken over.
         momentum: the objective has slow copies.
         lr: of every step.
-
-    Raises:
-        UserError: an objective that lightly has not.
     """
 
     def __init__(self, config: Config, online: Online, *, momentum: bool, lr: float) -> None:
         objective = config.objective
-        if objective.version == 3 or objective.norm == "shuffled":
-            raise UserError(
-                f"objective.version={objective.version} with objective.norm={objective.norm}: lightly has neither MoCo"
-                " v3 nor shuffling on one device; accepted are version=2 and norm=cross_rank."
-            )
         device = next(online.parameters()).device
         self.net = Net(config, online, momentum).to(device).train()
         self.criteria = _criteria(config).to(device)
@@ -143,6 +135,26 @@ class LightlyStep:
         self.optimiser.step()
         self.optimiser.zero_grad()
         return loss.detach()
+
+
+def refuse_unequal(config: Config) -> None:
+    """Refuse what lightly has no equal of.
+
+    Raises:
+        UserError: MoCo v3, shuffled batch norms, sub-batches of fewer images than twice the dimensions.
+    """
+    objective, width = config.objective, config.model.projection
+    if objective.version == 3 or objective.norm == "shuffled":
+        key = "version=3" if objective.version == 3 else "norm=shuffled"
+        raise UserError(
+            f"objective.{key}: lightly has neither MoCo v3 nor shuffling on one device; accepted are version=2 and"
+            " norm=cross_rank. Leave it out."
+        )
+    if objective.sub_batch is not None and objective.sub_batch < 2 * width:
+        raise UserError(
+            f"model.projection={width}: lightly whitens at least twice as many images as dimensions; accepted with"
+            f" objective.sub_batch={objective.sub_batch} is 1 to {objective.sub_batch // 2}."
+        )
 
 
 def _criteria(config: Config) -> nn.ModuleList:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from benchmarks.augment_throughput import against_lightly, lesion
 from benchmarks.harness import arguments, finish, peak_bytes, seconds, summary
-from benchmarks.lightly_steps import LightlyStep
+from benchmarks.lightly_steps import LightlyStep, refuse_unequal
 from benchmarks.ranks import run_ranks
 from benchmarks.steps import LR, build_step, median_error, synthetic_batch
 from tracekin.config import Config, ObjectiveName, UserError, load, own
@@ -53,7 +53,7 @@ BATCH = 128
 OFFSET = {"byol": 4.0}
 """lightly's BYOL is -2 cos a view, ours 2 - 2 cos."""
 MEBI = 2**20
-SHOWN = ("overrides", "peers", "bound", "uncertain", "holds", "ratio")
+SHOWN = ("overrides", "peers", "bound", "uncertain", "holds")
 
 
 class Plain:
@@ -103,15 +103,17 @@ def lightly_step(config: Config, device: torch.device) -> LightlyStep:
     return LightlyStep(config, build_online(config).to(device), momentum=momentum, lr=LR)
 
 
-def share_memory(ours: OurStep, theirs: LightlyStep) -> None:
-    """Fill our queue with lightly's keys, of images that the batch has not: each side's is full from the start."""
-    if not isinstance(ours.objective, MoCo) or ours.objective.memory is None:
-        return
-    memory = ours.objective.memory
-    towards_x1, towards_x0 = (criterion.memory_bank.bank for criterion in theirs.criteria)
-    memory.keys_NVD.copy_(torch.stack([towards_x0, towards_x1], 1))
-    images = ours.config.train.global_batch
-    memory.ids_N.copy_(torch.arange(images, images + len(memory.ids_N)))
+def build_both(config: Config, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[OurStep, LightlyStep]:
+    """Both steps from the same weights; MoCo's queues are full from the start, of images that are not the batch's."""
+    ours, theirs = OurStep(config, device), lightly_step(config, device)
+    if isinstance(ours.objective, MoCo) and ours.objective.memory is not None:
+        memory = ours.objective.memory
+        towards_x1, towards_x0 = (criterion.memory_bank.bank for criterion in theirs.criteria)
+        memory.keys_NVD.copy_(torch.stack([towards_x0, towards_x1], 1))
+        memory.ids_N.copy_(torch.arange(len(memory.ids_N)) + config.train.global_batch)
+    for module in (ours.online, *ours.objective.kept.values(), theirs.net, theirs.criteria):
+        module.to(dtype)
+    return ours, theirs
 
 
 def loss_difference(config: Config, ours: Tensor, theirs: Tensor) -> float:
@@ -126,10 +128,7 @@ def sub_batches_as_ours(config: Config) -> None:
 
 def differences(config: Config, batch: Batch, device: torch.device) -> dict[str, float]:
     """How far both sides' loss and gradient are apart, in float64: in fp32 a net of ReLUs amplifies each rounding."""
-    ours, theirs = OurStep(config, device), lightly_step(config, device)
-    share_memory(ours, theirs)
-    for module in (ours.online, *ours.objective.kept.values(), theirs.net, theirs.criteria):
-        module.double()
+    ours, theirs = build_both(config, device, torch.float64)
     batch = replace(batch, views=batch.views[..., :SMALL, :SMALL].double())
     sub_batches_as_ours(config)
     losses = ours.loss(batch), theirs.loss(batch.views)
@@ -186,8 +185,7 @@ def equal_form(config: Config, device: torch.device, pairs: int) -> dict[str, An
 
     apart = differences(config, batch, device)
     memory = {"ours": peak(build_ours, device), "lightly": peak(build_theirs, device)}
-    ours, theirs = OurStep(config, device), lightly_step(config, device)
-    share_memory(ours, theirs)
+    ours, theirs = build_both(config, device)
     sub_batches_as_ours(config)
     apart["fp32_loss"] = loss_difference(config, ours(batch).loss, theirs(batch.views))  # which warm both up, too
     times = rotate({"ours": lambda: ours(batch), "lightly": lambda: theirs(batch.views)}, pairs)
@@ -219,9 +217,7 @@ def real_step(config: Config, device: torch.device) -> Callable[[], object]:
 def with_defaults(config: Config, byol: Config, device: torch.device, rounds: int) -> dict[str, Any]:
     """The step of a real run beside BYOL's, beside its own without DeepSpeed, and beside lightly's in fp32."""
     batch = synthetic_batch(config, World()).to(device)
-    plain = OurStep(config, device)
-    theirs = lightly_step(config, device)
-    share_memory(plain, theirs)
+    plain, theirs = build_both(config, device)
     candidates: dict[str, Callable[[], object]] = {
         "ours": real_step(config, device),
         "plain": lambda: plain(batch),
@@ -291,11 +287,12 @@ def configure(name: str, overrides: Sequence[str]) -> Config:
     """The default configuration with this objective, without mining.
 
     Raises:
-        UserError: an override that the objective does not take.
+        UserError: an override that the objective does not take, or that lightly has no equal of.
     """
-    return load(
-        Config, None, [f"train.global_batch={BATCH}", *overrides, f"objective.name={name}", "mining.policy=none"]
-    )
+    fixed = f"objective.name={name}", "mining.policy=none"
+    config = load(Config, None, [f"train.global_batch={BATCH}", *overrides, *fixed])
+    refuse_unequal(config)
+    return config
 
 
 def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,7 +328,7 @@ def table(found: Mapping[str, Any]) -> list[str]:
     head = f"{'objective':<13}{'images/s':>9}{'MiB':>7}{'time':>8}{'memory':>8}{'plain':>8}{'lightly':>9}"
     lines += [
         f"with our defaults, {found['precision']} in DeepSpeed's engine: time and memory over BYOL's,",
-        "time over plain torch's, lightly's fp32 time over ours, and so with each side's views",
+        "time over plain torch's, lightly's time in fp32 over ours, and so with views",
         f"{head}{'with views':>12}",
     ]
     for name, one in found["with_defaults"].items():
@@ -353,6 +350,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     names = options.objectives.split(",")
+    for option in ("pairs", "rounds"):
+        if getattr(options, option) < 1:
+            parser.error(f"--{option} {getattr(options, option)}: accepted is 1 or more")
     if unknown := [name for name in names if name not in OBJECTIVES]:
         parser.error(f"--objectives {','.join(unknown)}: accepted are {', '.join(OBJECTIVES)}")
     try:
