@@ -152,7 +152,8 @@ def start_shift(tensor: Tensor, traffic: Traffic, group: Group) -> Callable[[], 
 @torch.no_grad()
 def total(tensor: Tensor) -> Tensor:
     """Sum over ranks, as a new tensor on every rank."""
-    summed = tensor.detach().clone()
+    # In the order of its indices: gloo adds up what lies in memory, and a gradient may lie transposed on some ranks.
+    summed = tensor.detach().clone(memory_format=torch.contiguous_format)
     if world_size() > 1:
         with _Call("all-reduce"):
             dist.all_reduce(summed)
