@@ -1,82 +1,97 @@
-"""What stands on the backbone is what each paper puts there."""
+"""Heads are those of the papers at ResNet-50's width, and what influence is made of is fp32 under bf16 autocast."""
 
-from collections.abc import Iterator
-from typing import get_args
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
-from lightly.models.modules import heads as lightly
+from lightly.models.modules import heads as lightlys
 from torch import nn
 
-from tests.train.tiny_run import global_batch, tiny_backbone, tiny_config
-from tracekin.config import Config, ObjectiveName, load
-from tracekin.objective import OBJECTIVES, build_online
+from tests.objective.oracles import CASES, STEP
+from tests.objective.test_factors import last
+from tests.train.tiny_run import BATCH, global_batch, tiny_backbone, tiny_config
+from tracekin.config import Config, ModelConfig, ObjectiveConfig, TrainConfig
+from tracekin.objective import OBJECTIVES, build_objective, build_online
 
-NAMES = get_args(ObjectiveName)
-
-
-def vicreg() -> nn.Module:
-    """Section 4.2: three layers of 8192, batch norm and ReLU between them."""
-    hidden = [(2048, 8192), (8192, 8192)]
-    layers = [layer for sizes in hidden for layer in (nn.Linear(*sizes), nn.BatchNorm1d(8192), nn.ReLU())]
-    return nn.Sequential(*layers, nn.Linear(8192, 8192))
+FEATURES = 2048
+Spec = list[tuple[Any, ...]]
 
 
-def wmse() -> nn.Module:
-    """Section 4: a hidden layer of 1024 with batch norm, and 64 dimensions that are whitened."""
-    return nn.Sequential(nn.Linear(2048, 1024), nn.BatchNorm1d(1024), nn.ReLU(), nn.Linear(1024, 64))
+def mlp(*widths: int) -> Spec:
+    """A fully connected network with batch norm and ReLU but at its end."""
+    *hidden, end = pairwise(widths)
+    blocks = [[("Linear", *block), ("BatchNorm", block[1], True), ("ReLU",)] for block in hidden]
+    return [*(layer for block in blocks for layer in block), ("Linear", *end)]
 
 
-def simclr() -> nn.Module:
-    """lightly's, without the batch norm behind the last layer, which the paper's z = W2 relu(W1 h) has not."""
-    return lightly.SimCLRProjectionHead(2048, 2048, 128).layers[:-1]
+def spec(modules: Iterable[nn.Module | None]) -> Spec:
+    """Kinds and widths, in order. Biases are left out: before a batch norm they do nothing."""
+    return list(_spec(modules))
 
 
-PAPERS = {
-    "byol": [lightly.BYOLProjectionHead(2048, 4096, 256), lightly.BYOLPredictionHead(256, 4096, 256)],
-    "simsiam": [lightly.SimSiamProjectionHead(2048, 2048, 2048), lightly.SimSiamPredictionHead(2048, 512, 2048)],
-    "simclr": [simclr()],
-    "moco": [lightly.MoCoProjectionHead(2048, 2048, 128)],
-    "moco v3": [lightly.BYOLProjectionHead(2048, 4096, 256), lightly.BYOLPredictionHead(256, 4096, 256)],
-    "barlow_twins": [lightly.BarlowTwinsProjectionHead(2048, 8192, 8192)],
-    "vicreg": [vicreg()],
-    "wmse": [wmse()],
+def _spec(modules: Iterable[nn.Module | None]) -> Iterator[tuple[Any, ...]]:
+    for module in modules:
+        if isinstance(module, nn.Linear):
+            yield "Linear", module.in_features, module.out_features
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            yield "BatchNorm", module.num_features, module.affine
+        elif isinstance(module, nn.ReLU):
+            yield ("ReLU",)
+        elif module is not None:
+            assert isinstance(module, nn.Sequential)
+            yield from _spec(module)
+
+
+def theirs(*heads: lightlys.ProjectionHead) -> Spec:
+    return spec(head.layers for head in heads)
+
+
+EXPECTED: dict[str, Callable[[], Spec]] = {
+    "byol": lambda: theirs(lightlys.BYOLProjectionHead(), lightlys.BYOLPredictionHead()),
+    "simsiam": lambda: theirs(lightlys.SimSiamProjectionHead(), lightlys.SimSiamPredictionHead()),
+    # Without their last batch norm, which the paper does not name: a Linear layer stands before the loss.
+    "simclr": lambda: theirs(lightlys.SimCLRProjectionHead())[:-1],
+    "moco2": lambda: theirs(lightlys.MoCoProjectionHead()),
+    # The authors' ResNet: two layers of projector, whose last batch norm has no weights, and BYOL's predictor.
+    "moco3": lambda: [*mlp(FEATURES, 4096, 256), ("BatchNorm", 256, False), *mlp(256, 4096, 256)],
+    "barlow_twins": lambda: theirs(lightlys.BarlowTwinsProjectionHead()),
+    # Section 4.2: "three fully-connected layers of size 8192", batch norm and ReLU behind the first two.
+    "vicreg": lambda: mlp(FEATURES, 8192, 8192, 8192),
+    # Section 4: "one hidden layer of 1024 units with BN and ReLU", an embedding of 64.
+    "wmse": lambda: mlp(FEATURES, 1024, 64),
 }
 
 
-def described(modules: list[nn.Module]) -> Iterator[tuple[object, ...]]:
-    """Kind and widths of each layer; biases before a batch norm move nothing and are left out."""
-    for layer in (leaf for module in modules for leaf in module.modules() if not [*leaf.children()]):
-        if isinstance(layer, nn.Linear):
-            yield "linear", layer.in_features, layer.out_features
-        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            yield "norm", layer.num_features, layer.affine
-        else:
-            yield (type(layer).__name__.lower(),)
-
-
-@pytest.mark.parametrize("name", PAPERS)
-def test_heads_are_the_papers(name: str) -> None:
-    kind, _, version = name.partition(" v")
-    overrides = [f"objective.name={kind}", "model.backbone=resnet50", "train.global_batch=2048"]
-    config = load(Config, None, [*overrides, *([f"objective.version={version}"] if version else [])])
+@pytest.mark.parametrize("case", CASES)
+def test_heads_are_the_papers(case: str) -> None:
+    config = Config(
+        model=ModelConfig(backbone="resnet50"),
+        objective=ObjectiveConfig(**CASES[case]),
+        train=TrainConfig(global_batch=2048),  # of which the widest heads ask
+    )
     with torch.device("meta"):
-        heads = OBJECTIVES[kind].heads(config.model, 2048)
-    assert [*described([part for part in heads if part is not None])] == [*described(PAPERS[name])]
+        assert spec(OBJECTIVES[config.objective.name].heads(config.model, FEATURES)) == EXPECTED[case]()
 
 
-@pytest.mark.parametrize("name", [*NAMES, "moco v3"])
-def test_what_influence_and_loss_read_is_fp32_under_autocast(name: str) -> None:
-    kind, _, version = name.partition(" v")
-    config = tiny_config(kind, **({"version": int(version)} if version else {}))
+@pytest.mark.parametrize("case", CASES)
+def test_what_influence_is_made_of_is_fp32_under_autocast(case: str) -> None:
+    torch.manual_seed(0)
+    config = replace(tiny_config(**CASES[case]), train=TrainConfig(global_batch=BATCH, precision="bf16"))
     with tiny_backbone():
         online = build_online(config)
-    online.autocast = True
-    outputs = online(global_batch(torch.float32).views)
-    for tensor in outputs:
+    batch = global_batch(torch.float32)
+    outputs = online(batch.views)
+    projection_BVD = build_objective(config, online).project(batch.views, outputs, STEP)
+    for tensor in (*outputs, projection_BVD):
         assert tensor.dtype == torch.float32
-        assert not torch.equal(tensor, tensor.bfloat16().float())  # not bf16 numbers in wider clothes
-    assert not outputs.hidden.requires_grad
-    assert not outputs.projection.requires_grad
-    last = [module for module in online.modules() if isinstance(module, nn.Linear)][-1]
-    assert torch.allclose(outputs.output, last(outputs.hidden), rtol=1e-5, atol=1e-6)
+        wide = not torch.equal(tensor, tensor.bfloat16().float())  # not bf16 numbers in wider clothes
+        # No batch norm stands before MoCo v2's last layer, which is given the hidden layer's products as they are.
+        assert wide != (case == "moco2" and tensor is outputs.hidden)
+    layer = last(online)
+    by_hand = outputs.hidden @ layer.weight.T + layer.bias
+    torch.testing.assert_close(outputs.output, by_hand, rtol=1e-5, atol=1e-6)
+    online.autocast = False
+    assert not torch.allclose(outputs.output, online(batch.views).output, rtol=1e-4)  # the rest was bf16

@@ -1,91 +1,157 @@
-"""Keys of objectives: the papers' where left out, and one line for what does not fit."""
+"""The keys of ``objective``: defaults as their sentences say, and one line for what cannot be."""
 
-import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tracekin.cli import call
-from tracekin.config import Config, UserError, load
+from tests.data.tiny import make_dataset
+from tracekin.config import Config, UserError, load, own, to_dict
+from tracekin.data.manifest import Manifest
 from tracekin.distributed.world import World
-from tracekin.train.checks import _check_objective
+from tracekin.train.checks import check_run
+
+DEFAULTS: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
+    "name=byol": ({"tau_base": 0.99}, (4096, 256, 4096)),
+    "name=simsiam": ({}, (2048, 2048, 512)),
+    "name=simclr": ({"temperature": 0.1}, (512, 128, 0)),
+    "name=moco": (
+        {"version": 2, "tau_base": 0.99, "temperature": 0.2, "queue": 16 * 256, "norm": "cross_rank"},
+        (512, 128, 0),
+    ),
+    "name=moco norm=shuffled": (
+        {"version": 2, "tau_base": 0.99, "temperature": 0.2, "queue": 16 * 256, "norm": "shuffled", "norm_groups": 8},
+        (512, 128, 0),
+    ),
+    "name=moco version=3": ({"version": 3, "tau_base": 0.99, "temperature": 1.0}, (4096, 256, 4096)),
+    "name=barlow_twins": ({"redundancy": 0.005}, (2048, 1024, 0)),
+    "name=vicreg": ({"invariance": 25.0, "variance": 25.0, "covariance": 1.0}, (2048, 1024, 0)),
+    "name=wmse": ({"sub_batch": 128}, (1024, 64, 0)),
+}
+"""By what is given: the options, and the heads' widths with 512 features and a batch of 256."""
+
+
+def overrides(given: str) -> list[str]:
+    """``objective.`` stands before keys that name no section."""
+    return [part if "." in part.partition("=")[0] else f"objective.{part}" for part in given.split()]
+
+
+@pytest.mark.parametrize("given", DEFAULTS)
+def test_what_is_left_out_is_the_papers(given: str) -> None:
+    config = load(Config, None, overrides(given))
+    options, widths = DEFAULTS[given]
+    assert {key: value for key, value in to_dict(config)["objective"].items() if value is not None} == {
+        "name": config.objective.name,
+        **options,
+    }
+    model = config.model
+    assert (model.projector_hidden, model.projection, model.predictor_hidden) == widths
+    assert set(own(config.objective.name, config.objective.version, config.objective.norm).options) == set(options)
+
+
+@pytest.mark.parametrize("given", DEFAULTS)
+def test_what_was_filled_in_loads_again(given: str) -> None:
+    """A run's config.yaml says everything, and is a config."""
+    config = load(Config, None, overrides(given))
+    held = [(section, to_dict(config)[section]) for section in ("objective", "model")]
+    said = [f"{section}.{key}={value}" for section, keys in held for key, value in keys.items() if value is not None]
+    assert load(Config, None, said) == config
+
+
+def test_widths_follow_the_features_and_the_batch() -> None:
+    wide = load(Config, None, ["objective.name=vicreg", "model.backbone=resnet50", "train.global_batch=2048"]).model
+    assert (wide.projector_hidden, wide.projection) == (8192, 8192)
+    small = load(Config, None, ["objective.name=wmse", "train.global_batch=96"])
+    assert (small.objective.sub_batch, small.model.projection) == (96, 48)
+    assert load(Config, None, ["objective.name=wmse", "train.global_batch=4"]).model.projection == 2
 
 
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
+    ("given", "words"),
     [
-        (["byol"], {"tau_base": 0.99, "projection": 256, "projector_hidden": 4096, "predictor_hidden": 4096}),
-        (["simsiam"], {"projection": 2048, "projector_hidden": 2048, "predictor_hidden": 512}),
-        (["simclr"], {"temperature": 0.1, "projection": 128, "projector_hidden": 512, "predictor_hidden": 0}),
-        (["moco"], {"temperature": 0.2, "tau_base": 0.99, "queue": 4096, "norm": "cross_rank", "norm_groups": None}),
-        (["moco", "objective.norm=shuffled"], {"norm_groups": 8}),
-        (["moco", "objective.version=3"], {"temperature": 1.0, "queue": None, "predictor_hidden": 4096}),
-        (["barlow_twins"], {"redundancy": 0.005, "projection": 1024, "projector_hidden": 2048}),
-        (["barlow_twins", "train.global_batch=64"], {"projection": 256}),
-        (
-            ["vicreg", "train.global_batch=4096"],
-            {"invariance": 25, "variance": 25, "covariance": 1, "projection": 2048},
-        ),
-        (["wmse"], {"sub_batch": 128, "projection": 64, "projector_hidden": 1024}),
-        (["wmse", "train.global_batch=64"], {"sub_batch": 64, "projection": 32}),
-        (["wmse", "train.global_batch=192"], {"sub_batch": 96, "projection": 48}),
-        (["simclr", "objective.temperature=0.5", "model.projection=7"], {"temperature": 0.5, "projection": 7}),
+        ("name=dino", ["objective.name", "dino", "byol", "wmse"]),
+        ("name=byl", ["objective.name", "byl", "byol"]),
+        ("temprature=1", ["objective.temprature", "did you mean objective.temperature"]),
+        ("name=byol temperature=0.1", ["objective.temperature=0.1", "simclr and moco", "objective.tau_base"]),
+        ("name=simsiam tau_base=0.9", ["objective.tau_base=0.9", "byol and moco", "takes no key"]),
+        ("name=vicreg redundancy=1", ["objective.redundancy=1", "barlow_twins", "objective.covariance"]),
+        ("name=moco version=3 queue=256", ["objective.queue=256", "objective.version=3"]),
+        ("name=moco norm_groups=4", ["objective.norm_groups=4", "norm=cross_rank", "objective.norm"]),
+        ("name=moco version=4", ["objective.version", "[2, 3]"]),
+        ("name=moco queue=300", ["objective.queue=300", "train.global_batch=256", "512", "4096"]),
+        ("name=moco queue=128", ["objective.queue=128", "train.global_batch=256"]),
+        ("name=moco queue=0", ["objective.queue=0", "1 or more"]),
+        ("name=wmse sub_batch=100", ["objective.sub_batch=100", "does not divide", "train.global_batch=256"]),
+        ("name=wmse sub_batch=64 model.projection=64", ["objective.sub_batch=64", "model.projection=64", "63", "32"]),
+        ("name=wmse train.global_batch=32 model.projection=64", ["objective.sub_batch=32", "model.projection=64"]),
+        ("name=wmse train.global_batch=131", ["objective.sub_batch=1", "train.global_batch=131", "larger"]),
+        ("name=simclr model.predictor_hidden=64", ["model.predictor_hidden=64", "simclr", "no predictor"]),
+        ("name=moco model.predictor_hidden=64", ["model.predictor_hidden=64", "moco, version=2", "no predictor"]),
+        ("name=byol mining.mode=eliminate", ["mining.mode=eliminate", "objective.name=byol", "simclr", "attract"]),
+        ("name=moco mining.policy=tracin_cp", ["mining.policy=tracin_cp", "objective.version=3"]),
+        ("name=simclr temperature=0", ["objective.temperature=0", "above 0"]),
+        ("name=simclr temperature=.nan", ["objective.temperature", "above 0"]),
+        ("name=byol tau_base=1.1", ["objective.tau_base=1.1", "0 <= x <= 1"]),
+        ("name=vicreg variance=-1", ["objective.variance=-1", "0 or more"]),
     ],
-    ids=" ".join,
 )
-def test_what_is_left_out_is_the_papers(overrides: list[str], expected: dict[str, object]) -> None:
-    config = load(Config, None, [f"objective.name={overrides[0]}", *overrides[1:]])
-    found = vars(config.objective) | vars(config.model)
-    assert {key: found[key] for key in expected} == expected
+def test_mistakes_get_one_line(given: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        load(Config, None, overrides(given))
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_mistake() -> None:
+    for given in (
+        "name=moco version=3 mining.policy=tracin_cp",
+        "name=byol mining.mode=eliminate mining.policy=none",
+        "name=moco queue=256",
+    ):
+        load(Config, None, overrides(given))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    folder = tmp_path_factory.mktemp("project")
+    manifest = make_dataset(folder / "data", train=24, val=0, test=0)
+    (folder / "run.yaml").write_text("data: {manifest: data/manifest.json, image_size: 24}\ntrain: {global_batch: 8}\n")
+    return folder, manifest
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
-    [
-        (["objective.name=simklr"], ["objective.name", "simclr"]),
-        (["objective.name=simclr", "objective.queue=512"], ["objective.queue=512", "moco", "objective.temperature"]),
-        (["objective.tau_base=0.9", "objective.name=vicreg"], ["objective.tau_base=0.9", "byol and moco", "variance"]),
-        (["objective.name=simsiam", "objective.redundancy=1"], ["objective.redundancy=1", "takes no key"]),
-        (["objective.name=moco", "objective.version=3", "objective.queue=512"], ["objective.queue", "version=3"]),
-        (["objective.name=moco", "objective.norm_groups=4"], ["objective.norm_groups", "norm=cross_rank"]),
-        (["objective.name=moco", "objective.queue=1000"], ["objective.queue=1000", "train.global_batch=256", "4096"]),
-        (["objective.name=wmse", "objective.sub_batch=100"], ["objective.sub_batch=100", "train.global_batch=256"]),
-        (["objective.name=wmse", "model.projection=128"], ["objective.sub_batch=128", "model.projection=128", "127"]),
-        (
-            ["objective.name=wmse", "train.global_batch=2", "model.projection=8"],
-            ["objective.sub_batch=2", "projection=8"],
-        ),
-        (["objective.name=simclr", "model.predictor_hidden=64"], ["model.predictor_hidden=64", "no predictor"]),
-        (["objective.name=simclr", "objective.temperature=0"], ["objective.temperature=0", "above 0"]),
-        (["objective.name=vicreg", "objective.covariance=-1"], ["objective.covariance=-1", "0 or more"]),
-        (["mining.mode=eliminate"], ["mining.mode=eliminate", "objective.name=byol", "simclr or moco"]),
-        (["objective.name=moco", "mining.policy=tracin_cp"], ["mining.policy=tracin_cp", "moco's queue"]),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value[0], str) else None,
+    ("groups", "ranks", "fits"), [(4, 2, True), (4, 4, True), (8, 1, False), (3, 1, False), (2, 4, False)]
 )
-def test_what_does_not_fit_is_one_line(overrides: list[str], told: list[str]) -> None:
-    with pytest.raises(UserError) as caught:
-        load(Config, None, overrides)
-    assert all(part in str(caught.value) for part in told), str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("groups", "ranks", "fits"), [(4, 2, True), (8, 8, True), (4, 8, False), (5, 1, False), (16, 1, False)]
-)
-def test_groups_of_shuffled_batch_norm_fit_ranks_and_batch(groups: int, ranks: int, fits: bool) -> None:
-    overrides = ["objective.name=moco", "objective.norm=shuffled", f"objective.norm_groups={groups}"]
-    config = load(Config, None, [*overrides, "train.global_batch=16"])
-    world = World(0, ranks, 0, ranks)
+def test_norm_groups_fit_the_batch_and_the_ranks(
+    project: tuple[Path, Manifest], groups: int, ranks: int, fits: bool
+) -> None:
+    """Parts of two images at least, as many on every rank."""
+    folder, manifest = project
+    given = overrides(f"name=moco norm=shuffled norm_groups={groups} train.global_batch=8")
+    config, world = load(Config, None, [f"folder={folder / 'runs'}", *given]), World(0, ranks, 0, ranks)
     if fits:
-        _check_objective(config, world)
-    else:
-        with pytest.raises(UserError, match=rf"objective\.norm_groups={groups} .* multiple of {ranks} that divides"):
-            _check_objective(config, world)
+        check_run(config, manifest, world)
+        return
+    with pytest.raises(UserError) as error:
+        check_run(config, manifest, world)
+    expected = [f"objective.norm_groups={groups}", "train.global_batch=8", f"{ranks} ranks", f"multiple of {ranks}"]
+    assert all(word in str(error.value) for word in expected), str(error.value)
 
 
-def test_the_command_ends_with_2_and_leaves_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    words = ["pretrain", "configs/demo.yaml", f"folder={tmp_path}", "objective.name=moco", "objective.queue=100"]
-    assert call(words)[0] == 2
-    assert re.search(r"objective\.queue=100 is no multiple of train\.global_batch=64", capfd.readouterr().err)
-    assert [*tmp_path.iterdir()] == []
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("name=moco queue=12", ["objective.queue=12", "train.global_batch=8"]),
+        ("name=moco norm=shuffled norm_groups=3", ["objective.norm_groups=3", "train.global_batch=8"]),
+    ],
+)
+def test_the_command_says_it_and_writes_nothing(project: tuple[Path, Manifest], given: str, words: list[str]) -> None:
+    folder, _ = project
+    command = [sys.executable, "-m", "tracekin.cli", "pretrain", "run.yaml", *overrides(given)]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr
+    assert all(word in result.stderr for word in words), result.stderr
+    assert result.stderr.count("\n") == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["data", "run.yaml"]

@@ -159,16 +159,18 @@ def resolved(
         options["sub_batch"] = max(size for size in range(1, min(128, global_batch) + 1) if global_batch % size == 0)
     objective = replace(objective, **{key: value for key, value in options.items() if getattr(objective, key) is None})
     if model.predictor_hidden and "predictor_hidden" not in brought.widths:
+        version = f", version={objective.version}," if objective.version else ""
         raise UserError(
-            f"model.predictor_hidden={model.predictor_hidden}: objective.name={objective.name} has no predictor;"
-            " leave it out."
+            f"model.predictor_hidden={model.predictor_hidden}: objective.name={objective.name}{version} has no"
+            " predictor; leave it out."
         )
     widths = {key: _width(value, model.backbone) for key, value in brought.widths.items()}
     if objective.name in ("barlow_twins", "vicreg"):
         # Correlations of N images are off by 1 / sqrt(N), and there are D^2: the papers have D = 4 N.
         widths["projection"] = min(widths["projection"], 4 * global_batch)
-    if objective.name == "wmse":  # the paper whitens twice as many images as dimensions
-        widths["projection"] = max(1, min(widths["projection"], objective.option("sub_batch") // 2))
+    if objective.name == "wmse":
+        # The paper whitens twice as many images as dimensions. Of one dimension whitening leaves signs: no gradient.
+        widths["projection"] = max(2, min(widths["projection"], objective.option("sub_batch") // 2))
     model = replace(model, **{key: value for key, value in widths.items() if not getattr(model, key)})  # type: ignore[arg-type]
     if objective.queue is not None and objective.queue % global_batch:
         raise UserError(
@@ -179,10 +181,11 @@ def resolved(
         if global_batch % size:
             raise UserError(f"objective.sub_batch={size} does not divide train.global_batch={global_batch}.")
         if size <= model.projection:
+            narrower = f"model.projection up to {size - 1}, best {size // 2}, or " if size > 2 else ""
             raise UserError(
                 f"objective.sub_batch={size} images cannot be whitened in model.projection={model.projection}"
-                f" dimensions: accepted is model.projection up to {size - 1}, best {size // 2}, or a larger sub_batch"
-                f" that divides train.global_batch={global_batch}."
+                f" dimensions: accepted is {narrower}a larger sub_batch that divides"
+                f" train.global_batch={global_batch}, or a larger batch."
             )
     return objective, model
 

@@ -129,6 +129,11 @@ def hidden_block(inputs: int, width: int, *, bias: bool = True) -> nn.Sequential
     return nn.Sequential(nn.Linear(inputs, width, bias=bias), CrossRankBatchNorm(width), nn.ReLU(inplace=True))
 
 
+def normed_linear(inputs: int, width: int) -> nn.Sequential:
+    """Linear and batch norm over all ranks, nothing after it learnt: how some projectors end."""
+    return nn.Sequential(nn.Linear(inputs, width, bias=False), CrossRankBatchNorm(width, affine=False))
+
+
 def _autocast(device: torch.device, enabled: bool) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 

@@ -14,7 +14,7 @@ from tracekin.config import Config, ModelConfig
 from tracekin.distributed import collectives
 from tracekin.influence.gradients import through_unit, unit
 from tracekin.influence.precision import exact, widen
-from tracekin.model.networks import Heads, Online, Outputs, hidden_block
+from tracekin.model.networks import Heads, Online, Outputs, hidden_block, normed_linear
 from tracekin.objective.objective import Comparison, Objective, Parts, permutation
 
 
@@ -124,12 +124,13 @@ class MoCo(Objective):
 
     @staticmethod
     def heads(model: ModelConfig, features: int) -> Heads:
-        """v2: two layers without batch norm. v3: the heads of its ResNet, BYOL's."""
-        width, last = model.projector_hidden, nn.Linear(model.projector_hidden, model.projection)
+        """v2: two layers without batch norm. v3: BYOL's, but keys leave through a batch norm (its authors' ResNet)."""
+        width = model.projector_hidden
         if not model.predictor_hidden:
-            return Heads(nn.Sequential(nn.Sequential(nn.Linear(features, width), nn.ReLU(inplace=True)), last))
-        predictor = hidden_block(model.projection, model.predictor_hidden)
-        projector = nn.Sequential(hidden_block(features, width), last)
+            block = nn.Sequential(nn.Linear(features, width), nn.ReLU(inplace=True))
+            return Heads(nn.Sequential(block, nn.Linear(width, model.projection)))
+        projector = nn.Sequential(hidden_block(features, width, bias=False), normed_linear(width, model.projection))
+        predictor = hidden_block(model.projection, model.predictor_hidden, bias=False)
         return Heads(projector, predictor, nn.Linear(model.predictor_hidden, model.projection))
 
     @torch.no_grad()

@@ -70,7 +70,10 @@ class SimCLR(Objective):
 
     @staticmethod
     def heads(model: ModelConfig, features: int) -> Heads:
-        """A two-layer projector (section 2.1), batch norm between its layers as in the authors' code."""
+        """A two-layer projector (section 2.1), batch norm between its layers as in the authors' code.
+
+        That code ends in another batch norm. Left out: influence is exact where the last layer is Linear.
+        """
         return Heads(
             nn.Sequential(
                 hidden_block(features, model.projector_hidden), nn.Linear(model.projector_hidden, model.projection)

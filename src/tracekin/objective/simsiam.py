@@ -6,8 +6,7 @@ Shape suffixes: B images, V views, k mined an image, D projection width.
 from torch import Tensor, nn
 
 from tracekin.config import ModelConfig
-from tracekin.model.batch_norm import CrossRankBatchNorm
-from tracekin.model.networks import Heads, hidden_block
+from tracekin.model.networks import Heads, hidden_block, normed_linear
 from tracekin.objective.byol import Predicted
 from tracekin.objective.objective import Comparison, Objective, Parts
 
@@ -31,11 +30,10 @@ class SimSiam(Objective):
     def heads(model: ModelConfig, features: int) -> Heads:
         """A projector of three layers, all with batch norm, and a bottleneck of a predictor (section 3)."""
         width = model.projector_hidden
-        last = nn.Sequential(
-            nn.Linear(width, model.projection, bias=False), CrossRankBatchNorm(model.projection, affine=False)
-        )
         projector = nn.Sequential(
-            hidden_block(features, width, bias=False), hidden_block(width, width, bias=False), last
+            hidden_block(features, width, bias=False),
+            hidden_block(width, width, bias=False),
+            normed_linear(width, model.projection),
         )
         predictor = hidden_block(model.projection, model.predictor_hidden, bias=False)
         return Heads(projector, predictor, nn.Linear(model.predictor_hidden, model.projection))

@@ -23,7 +23,10 @@ def batch_product(rows_BD: Tensor, columns_BE: Tensor) -> Tensor:
 
 
 def three_layers(model: ModelConfig, features: int, *, bias: bool = True) -> Heads:
-    """A projector of two hidden blocks and a Linear layer."""
+    """A projector of two hidden blocks and a Linear layer.
+
+    The last one has a bias, which the authors leave out: their losses do not depend on it, but influence counts it.
+    """
     width = model.projector_hidden
     blocks = hidden_block(features, width, bias=bias), hidden_block(width, width, bias=bias)
-    return Heads(nn.Sequential(*blocks, nn.Linear(width, model.projection, bias=bias)))
+    return Heads(nn.Sequential(*blocks, nn.Linear(width, model.projection)))
