@@ -1,6 +1,6 @@
 """Distributed tests as plain functions: ``run_ranks(function, world_size, *args)`` returns each rank's value.
 
-Ranks are forked from a forkserver that has imported torch and deepspeed once for the whole session (5 to 13 s) and runs
+Ranks are forked from a forkserver that has imported what they need once for the whole session (5 to 15 s) and runs
 no tensor operation: a fork after one hangs. They meet in a file, so no port can be taken.
 """
 
@@ -16,7 +16,16 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PRELOAD = ["torch", "torch.distributed", "torchvision", "deepspeed"]
+PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "torchvision",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # which every engine with ZeRO imports, and with it torch's compiler
+    "wandb",
+    "pytest",
+    "tracekin.train.loop",
+]
 
 
 class RankFailedError(AssertionError):
