@@ -1,22 +1,33 @@
 """Distributed tests as plain functions: ``run_ranks(function, world_size, *args)`` returns each rank's value.
 
-Ranks are forked from a forkserver that has imported torch and deepspeed once for the whole session (5 to 13 s) and runs
+Ranks are forked from a forkserver that has imported what they need once for the whole session (5 to 15 s) and runs
 no tensor operation: a fork after one hangs. They meet in a file, so no port can be taken.
 """
 
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PRELOAD = ["torch", "torch.distributed", "torchvision", "deepspeed"]
+PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "torchvision",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # which every engine with ZeRO imports, and with it torch's compiler
+    "wandb",
+    "pytest",
+    "tracekin.train.loop",
+]
 
 
 class RankFailedError(AssertionError):
@@ -105,6 +116,49 @@ def end_ranks(
         files = [Path(folder) / f"stderr-{rank}" for rank in range(world_size)]
         said = [file.read_text() if file.exists() else "" for file in files]  # a silent one may not have come so far
         return [Ended(*ended) for ended in zip(codes, said, strict=True)]
+
+
+def run_command(
+    *arguments: str, cwd: Path, environment: Mapping[str, str] = os.environ, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """The command ``tracekin`` with these arguments, which need not wait for the imports of torch and DeepSpeed.
+
+    Args:
+        arguments: as typed.
+        cwd: folder in which it runs.
+        environment: all its variables.
+        timeout: seconds, after the forkserver has started.
+
+    Raises:
+        TimeoutError: it had not ended; it is killed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with tempfile.TemporaryDirectory() as folder:
+        _start_server(context)
+        files = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = context.Process(target=_command, args=(arguments, cwd, dict(environment), files))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise TimeoutError(f"tracekin {' '.join(arguments)} had not ended after {timeout} s")
+        out, error = (file.read_text() for file in files)
+    return subprocess.CompletedProcess(["tracekin", *arguments], process.exitcode, out, error)
+
+
+def _command(arguments: tuple[str, ...], cwd: Path, environment: dict[str, str], files: list[Path]) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # a process of the forkserver has its way as the default
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ |= environment
+    sys.argv = ["tracekin", *arguments]
+    from tracekin.cli import main
+
+    main()
 
 
 def _to_the_end(rank: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -8,6 +8,8 @@ import math
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -18,6 +20,7 @@ import torch
 from benchmarks import gpu, gpu_throughput, harness, mining_overhead, ranks, steps
 from tests.gpu.device_runs import UNWAITING, fp32_weights_step, no_waiting, rank_steps, relative, unwaiting_step
 from tests.ranks import run_ranks
+from tests.train.tiny_run import tiny_backbone
 from tracekin.config import Config, Policy, load
 from tracekin.distributed import collectives
 from tracekin.influence.gradients import Factors
@@ -34,9 +37,15 @@ def test_every_benchmark_imports_and_says_what_it_is(path: Path) -> None:
     assert importlib.import_module(f"benchmarks.{path.stem}").__doc__
 
 
+def with_tiny_backbone(rank: int, measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What the backbone costs is not asked."""
+    with tiny_backbone():
+        return measure(rank, *arguments)
+
+
 def test_mining_overhead_measures_every_policy() -> None:
     config = load(Config, None, [*TINY, "train.global_batch=8"])
-    found = run_ranks(mining_overhead.measure, 2, config, 0.0, 2)[0]
+    found = run_ranks(with_tiny_backbone, 2, mining_overhead.measure, config, 0.0, 2)[0]
     every = {*get_args(Policy)} - {"none"}
     for key in ("ratio", "estimate", "standard_error", "mining_seconds", "measure_seconds", "pair_ratio"):
         assert set(found[key]) == every
@@ -128,7 +137,8 @@ def test_throughput_on_cpu() -> None:
     config = load(Config, None, [*TINY, "train.global_batch=4", "train.precision=fp32", "mining.policy=tracin"])
     policies = ("tracin", "ghost", "tracin_cp_cosine", "random", "agreement", "group")
     assert {POLICIES[policy].gradients for policy in policies} == {one.gradients for one in POLICIES.values()}
-    found: dict[str, Any] = run_ranks(gpu_throughput.throughput, 1, "cpu", config, policies, 3, 0.0, 1)[0]
+    asked = ("cpu", config, policies, 3, 0.0, 1)
+    found: dict[str, Any] = run_ranks(with_tiny_backbone, 1, gpu_throughput.throughput, *asked)[0]
     assert (found["rows"], found["pool"]) == (4, 12)
     assert found["pool_bytes"] == 2 * 12 * (32 + 16 + 16) * 4  # the last layer's, not the four of ghost
     assert set(found["ratio"]) == set(policies)
@@ -292,11 +302,15 @@ def total_of_ranks(rank: int, offset: int) -> float:
     return float(collectives.total(torch.tensor(float(rank))))
 
 
+def hanging(rank: int) -> None:
+    time.sleep(600)
+
+
 def test_ranks_meet_and_fail_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
     quick = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")  # nothing to import
     monkeypatch.setattr(torch.multiprocessing, "spawn", quick)
     assert ranks.run_ranks(total_of_ranks, 2, 5) == [1.0, 1.0]
     with pytest.raises(Exception, match="told to fail"):
         ranks.run_ranks(total_of_ranks, 2, 1)
-    with pytest.raises(TimeoutError, match="total_of_ranks"):
-        ranks.run_ranks(total_of_ranks, 2, 5, timeout=0)
+    with pytest.raises(TimeoutError, match="hanging"):  # without a group, whose own time-out might come first
+        ranks.run_ranks(hanging, 2, backend=None, timeout=0.5)

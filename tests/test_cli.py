@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.data.tiny import make_dataset
+from tests.ranks import run_command
 
 
 def tracekin(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -37,7 +38,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (["pretrain", "run.yaml", "train.global_batch=16"], ["12 samples", "global batch of 16"]),
         (["pretrain", "run.yaml", "init.from=nowhere.pth"], ["init.from=nowhere.pth", "no such file"]),
-        (["pretrain", "run.yaml", "init.from=run.yaml"], ["init.from", "run.yaml", "no file of weights"]),
         (["pretrain"], ["CONFIG"]),
         (["pretain"], ["pretain"]),
         (["evaluate", "runs/nothing"], ["runs/nothing", "config.yaml"]),
@@ -46,7 +46,15 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_code_2(project: Path, arguments: list[str], words: list[str]) -> None:
-    result = tracekin(*arguments, cwd=project)
+    must_be_refused(tracekin(*arguments, cwd=project), words, project)
+
+
+def test_a_mistake_that_torch_finds_gets_them_too(project: Path) -> None:
+    result = run_command("pretrain", "run.yaml", "init.from=run.yaml", cwd=project)
+    must_be_refused(result, ["init.from", "run.yaml", "no file of weights"], project)
+
+
+def must_be_refused(result: subprocess.CompletedProcess[str], words: list[str], project: Path) -> None:
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     assert all(word in result.stderr for word in words), result.stderr
@@ -86,7 +94,10 @@ def test_a_missing_compiler_is_named(project: Path) -> None:
 
 
 def test_the_whole_way(project: Path) -> None:
-    """Pretrain with a loader worker and the real W&B client offline, again, evaluate, report."""
+    """Pretrain with a loader worker and the real W&B client offline, again, evaluate, report.
+
+    The first command starts as a user's does, with all its imports; the others have them from the forkserver.
+    """
     short = ["train.epochs=2", "model.projector_hidden=32", "model.projection=16", "model.predictor_hidden=32"]
     command = ["pretrain", "run.yaml", "name=way", *short]
     first = tracekin(*command, "monitor.wandb=offline", cwd=project)
@@ -102,14 +113,14 @@ def test_the_whole_way(project: Path) -> None:
     for secret in (str(project), "data/manifest.json", sys.executable, *([host] if len(host) > 4 else [])):
         assert secret.encode() not in sent  # two letters stand in any compressed bytes
 
-    again = tracekin(*command, cwd=project)
+    again = run_command(*command, cwd=project)
     assert again.returncode == 0, again.stderr
     assert "is finished" in again.stdout
-    scored = tracekin("evaluate", "runs/way", "knn_k=3", "linear_c=[0.1]", "workers=0", cwd=project)
+    scored = run_command("evaluate", "runs/way", "knn_k=3", "linear_c=[0.1]", "workers=0", cwd=project)
     assert scored.returncode == 0, scored.stderr
     assert all(word in scored.stdout for word in ("pixels", "untrained", "tracin_cosine", "k 3", "T 0.07"))
     assert max(map(len, scored.stdout.splitlines())) <= 80
-    reported = tracekin("report", "runs/way", "--out", "out", cwd=project)
+    reported = run_command("report", "runs/way", "--out", "out", cwd=project)
     assert reported.returncode == 0, reported.stderr
     summary = json.loads((project / "out" / "summary.json").read_text())
     assert [row["method"] for row in summary["rows"]] == ["pixels", "untrained", "tracin_cosine"]

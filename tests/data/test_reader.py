@@ -185,7 +185,8 @@ def test_image_without_extension_we_read_is_named(tmp_path):
         ShardReader(manifest, "train").read(0)
 
 
-def test_short_and_missing_shards_are_named(tmp_path):
+def test_short_and_missing_shards_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda pause: None)
     manifest = make_dataset(tmp_path, train=4, shard_size=4)
     shard = tmp_path / manifest.splits["train"][0].file
     shard.write_bytes(shard.read_bytes()[:4000])

@@ -29,7 +29,7 @@ PATIENCE = 120.0
 
 def start_server() -> None:
     """Let the server import what it preloads, unless it has: else the first ranks wait for it."""
-    SERVER.set_forkserver_preload([*PRELOAD, "wandb"])
+    SERVER.set_forkserver_preload(PRELOAD)
     process = SERVER.Process(target=_nothing)
     process.start()
     process.join()

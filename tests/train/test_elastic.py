@@ -26,7 +26,7 @@ NAMED: list[tuple[Form, Form]] = [
     ((4, 2), (1, 0)),
 ]
 """Every form once on each side; make faults takes all 81 pairs."""
-STEPS, EPOCH, SAVED = 20, 10, 7
+STEPS, EPOCH, SAVED = 14, 7, 5
 """Of a run and of an epoch; those after which a run was stopped, in the middle of one."""
 
 
@@ -45,7 +45,7 @@ def run_pairs(folder: Path, pairs: Sequence[tuple[Form, Form]]) -> dict[tuple[Fo
     A resumed run is compared with the unbroken one of its first world: the samples and, to a relative 1e-4, the losses
     of all steps; where the world is the same, these and the whole last checkpoint bit for bit.
     """
-    make_dataset(folder / "data", train=160, val=4, test=4)
+    make_dataset(folder / "data", train=16 * EPOCH, val=4, test=4)
     fixed = ("train.log_every=1", "train.epochs=2", "train.keep_checkpoints=99", "mining.warmup=0", "mining.queue=32")
     fixed += (f"train.save_every={SAVED}",)
     forms = sorted({form for pair in pairs for form in pair})
@@ -89,7 +89,7 @@ def test_nine_pairs_of_worlds(tmp_path: Path) -> None:
 
 def test_a_difference_is_seen(tmp_path: Path) -> None:
     """With another seed the images differ, with another learning rate the losses, and in a checkpoint one bit does."""
-    make_dataset(tmp_path / "data", train=160, val=4, test=4)
+    make_dataset(tmp_path / "data", train=16 * EPOCH, val=4, test=4)
     made = tiny_config(tmp_path, "train.log_every=1", "train.epochs=2", "mining.policy=none")
     changed = [
         replace(made, name="seed", seed=1),

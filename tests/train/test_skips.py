@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.data.tiny import make_dataset
 from tests.ranks import RankFailedError, run_ranks
 from tests.train.test_run import metrics, run, tiny_config
-from tracekin.config import MonitorConfig
+from tracekin.config import Config, MonitorConfig
+from tracekin.data import faults
 from tracekin.data.manifest import Manifest
 from tracekin.data.order import Shuffle, epoch_order
 from tracekin.data.reader import Skipped
@@ -62,12 +64,18 @@ def test_too_many_on_one_rank_alone_end_both(tmp_path: Path) -> None:
     assert {s["number"] for s in named} == set(mine[:3].tolist())
 
 
+def run_impatient(rank: int, config: Config) -> None:
+    """One rank of a run that waits for no file to come back; how long it would, tests/data/test_reader.py tells."""
+    faults.time = SimpleNamespace(sleep=lambda pause: None)
+    run(rank, config)
+
+
 def test_a_missing_shard_counts_as_its_images(damaged: Manifest, tmp_path: Path) -> None:
     (tmp_path / "data" / damaged.splits["train"][1].file).unlink()
     with pytest.raises(RankFailedError, match=r"names the shard train-000001.tar, which is not there"):
         run_ranks(run, 1, tiny_config(tmp_path, "data.max_bad_fraction=0.1"))
     config = tiny_config(tmp_path, "data.max_bad_fraction=0.3", "train.epochs=1")
-    run_ranks(run, 1, config)
+    run_ranks(run_impatient, 1, config)
     named = [json.loads(line) for line in (config.run_folder / "skipped.jsonl").read_text().splitlines()]
     assert "missing" in {s["reason"] for s in named}
 
