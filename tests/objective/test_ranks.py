@@ -15,6 +15,7 @@ Shape suffixes: B images of a rank, N of all ranks or in a memory, V views, D pr
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -24,12 +25,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.ranks import run_ranks
-from tests.train.tiny_run import BATCH, context, global_batch, miner, networks, rows_of
+from tests.train.tiny_run import BATCH, context, global_batch, miner, networks, rows_of, tiny_config
 from tracekin.config import ModelConfig, OptimiserConfig, TrainConfig
+from tracekin.data.batch import Batch
 from tracekin.distributed import collectives
 from tracekin.distributed.world import World
 from tracekin.model.batch_norm import GroupBatchNorm
 from tracekin.objective.objective import permutation
+from tracekin.train.errors import DriftError
+from tracekin.train.guard import Fingerprint
 from tracekin.train.step import loss_with_mined_positives, train_step
 
 GROUPS = 4
@@ -130,6 +134,30 @@ def through_deepspeed(world: World, name: str, stage: int) -> dict[str, Tensor]:
     }
 
 
+def drifted(world: World) -> list[str]:
+    """What the guard says of ranks that remember the same, and once another rank's memory, or its count, differs."""
+    online, objective = networks(torch.float32, **OBJECTIVES["moco"])
+    batch = rows_of(global_batch(torch.float32), world)
+    objective.remember(objective.project(batch.views, online(batch.views), 0), batch.index)
+    manifest: Any = SimpleNamespace(
+        fingerprint=lambda: "7f", shards=lambda split: [SimpleNamespace(samples=range(4 * BATCH))]
+    )
+    guard = Fingerprint(tiny_config("moco"), manifest, world, {"online": online, **objective.kept})
+    planned = torch.from_numpy(next(guard.rows).numbers)
+    memory, said = objective.kept["memory"], []
+    sound = {name: tensor.clone() for name, tensor in memory.state_dict().items()}
+    for harmed in (None, memory.keys_NVD[3, 1], memory.ids_N[5], memory.written):
+        if harmed is not None and world.rank == 2:
+            harmed += 1
+        try:
+            guard.compare(0, Batch(batch.views, planned, batch.group, batch.label))
+            said.append("")
+        except DriftError as error:
+            said.append(str(error))
+        memory.load_state_dict(sound)
+    return said
+
+
 @contextmanager
 def lost_wishes() -> Iterator[None]:
     """In the block, what a rank's loss wants of other ranks' images is lost on the way back, as it was with peers."""
@@ -147,11 +175,13 @@ def lost_wishes() -> Iterator[None]:
         yield
 
 
-def one_rank(rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
+def one_rank(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
     world = World(rank, world_size, rank, world_size)
-    found = {f"{name}/{how}": steps(world, name, how) for name, how in VARIANTS}
+    found: dict[str, dict[str, Any]] = {f"{name}/{how}": steps(world, name, how) for name, how in VARIANTS}
     for stage in {1: STAGES[:1], 2: STAGES}.get(world_size, ()):
         found |= {f"{name}/zero {stage}": through_deepspeed(world, name, stage) for name in OBJECTIVES}
+    if world_size == WORLDS[1]:
+        found["drifted"] = {"said": drifted(world)}
     if world_size == WORLDS[0]:
         with lost_wishes():
             found |= {f"{name}/lost": steps(world, name, "none") for name in OBJECTIVES}
@@ -233,6 +263,14 @@ def test_every_rank_remembers_the_keys_of_the_global_batches_in_their_order(
         assert torch.equal(found["memory"], F.normalize(torch.cat((third, second)), dim=-1))
         assert torch.equal(found["ids"], ids)
         assert torch.equal(found["memory"], worlds[world_size][0][f"{name}/none"]["memory"])
+
+
+def test_the_guard_names_the_rank_whose_memory_differs(worlds: dict[int, Any]) -> None:
+    for rank in worlds[4]:
+        same, *differing = rank["drifted"]["said"]
+        assert same == ""
+        for said, name in zip(differing, ("keys_NVD", "ids_N", "written"), strict=True):
+            assert said == f"after step 1 rank 2 differs in memory.{name}; the last checkpoint is sound."
 
 
 def test_own_older_keys_and_empty_places_are_no_negatives() -> None:

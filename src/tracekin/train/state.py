@@ -100,7 +100,14 @@ def load_networks(folder: Path, networks: dict[str, nn.Module]) -> None:
     tensors = checkpoint.load_part(folder, "model")
     for name, net in networks.items():
         own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
-        _fill(net, own, f"{folder}: {name}", "objective.queue" if name == "memory" else "model.*")
+        try:
+            _fill(net, own)
+        except ValueError as error:
+            keys = "objective.*" if name == "memory" else "objective.* and model.*"
+            raise UserError(
+                f"{folder}: {name} does not fit {keys}: {error}; keep them, or start a new run from its encoder with"
+                f" init.from={folder.parents[1]}."
+            ) from None
 
 
 def load_rest(
@@ -131,13 +138,18 @@ def load_rest(
     restore_random_state(checkpoint.load_part(found.folder, "ranks"), device)
 
 
-def _fill(net: nn.Module, tensors: dict[str, Tensor], what: str, keys: str) -> None:
+def _fill(net: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Load a state dict.
+
+    Raises:
+        ValueError: what does not fit, in words.
+    """
     own = net.state_dict()
     if lacking := sorted(own.keys() ^ tensors.keys()):
-        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-        raise UserError(f"{what} does not fit {keys}: {lacking[0]}{more} is in one of them alone.")
+        more = f" and {len(lacking) - 1} more are" if len(lacking) > 1 else " is"
+        raise ValueError(f"{lacking[0]}{more} in one of them alone")
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
             shapes = f"{list(tensor.shape)} there and {list(own[name].shape)} under this config"
-            raise UserError(f"{what} does not fit {keys}: {name} is {shapes}.")
+            raise ValueError(f"{name} is {shapes}")
     net.load_state_dict(tensors)
