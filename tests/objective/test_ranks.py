@@ -1,7 +1,13 @@
 """W ranks = one process, for every objective: losses, gradients, positives, buffers and what is remembered.
 
 Peers got this wrong in silence: lightly's all-reduces and gathers lost gradients, which came out 1/W (its issues 1920
-and 1977). ``lost_wishes`` does the same here, and the test that uses it says which objectives it breaks.
+and 1977). ``lost_wishes`` does the same here, and the test that uses it says which objectives it breaks. Tried as well:
+
+- no gradient through an all-reduce: barlow_twins, vicreg; through a gather: simclr. The losses stay right;
+- covariances about a rank's own mean: vicreg; its own images taken for the first rank's: simclr, wmse;
+- a rank's own keys as the only negatives: moco_v3; as all that is remembered: moco;
+- keys put back in another order than they were dealt, or groups within a rank's share: moco_shuffled, and where running
+  statistics are one rank's, its buffers alone.
 
 Shape suffixes: B images of a rank, N of all ranks or in a memory, V views, D projection width.
 """
