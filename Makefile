@@ -91,6 +91,7 @@ bench: $(STAMP)
 	python -m benchmarks.mining_scale
 	python -m benchmarks.phantom_fairness
 	python -m benchmarks.augment_throughput
+	python -m benchmarks.objectives
 	python -m benchmarks.shuffle_quality
 	python -m benchmarks.checkpoint_cost
 	$(if $(DATA),python -m benchmarks.pack_throughput $(DATA)/ham10000.zip)

@@ -98,14 +98,15 @@ def settings(width: int, sketches: Sequence[int] = SKETCHES) -> list[Setting]:
 
 def open_miner(policy: Any, setting: Setting, images: Images, networks: Networks) -> Miner:
     mining = MiningConfig(policy=policy, exclude_group=images.exclude_group, **setting._asdict())
-    return Miner(mining, networks.online, 0)
+    return Miner(mining, networks.objective, 0)
 
 
 def choose_batch(miner: Miner, projected: Projected, batch: Batch, lr: float) -> tuple[Choice, Candidates]:
     """A step's mining as training runs it, with one setting's miner; also the rows."""
     hidden_PVH, prediction_PVD, target_PVD = projected
     miner.send(hidden_PVH)
-    layers = miner.gradients(hidden_PVH, prediction_PVD, target_PVD.flip(1), batch.views, lr)
+    compared = miner.objective.compare(prediction_PVD, target_PVD, batch.index, 0)
+    layers = miner.gradients(hidden_PVH, compared, batch, 0, lr)
     rows = Candidates(layers, target_PVD, batch.index, batch.group, batch.label)
     columns, blocks = miner.gather(rows, 0)
     arrived = [*blocks]

@@ -36,6 +36,7 @@ from tracekin.config import Config, ObjectiveName, UserError, load, own
 from tracekin.data.batch import Batch
 from tracekin.distributed.world import World
 from tracekin.model.networks import Outputs
+from tracekin.model.precision import set_convolution_precision
 from tracekin.monitor.metrics import Clock
 from tracekin.objective import build_objective, build_online
 from tracekin.objective.moco import MoCo
@@ -86,7 +87,7 @@ class OurStep:
         self.engine = Plain(self.online, build_optimiser(self.online, config.optimiser, zero_stage=0))
         for group in self.engine.optimiser.param_groups:
             group["lr"] = LR
-        self.context = {"weight": config.mining.weight, "step": 0, "lr": LR, "clock": Clock(device)}
+        self.context: dict[str, Any] = {"weight": config.mining.weight, "step": 0, "lr": LR, "clock": Clock(device)}
 
     def loss(self, batch: Batch) -> Tensor:
         return loss_with_mined_positives(self.engine, self.objective, batch, self.miner, **self.context).loss
@@ -255,15 +256,16 @@ def measure(
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True  # as the training loop does
-    configs = {name: configure(name, overrides) for name in {"byol": None} | dict.fromkeys(names)}
-    size = configs["byol"].data.image_size
+    set_convolution_precision("ieee")  # fp32 with fp32
+    configs, byol = configure(names, overrides)
     equal = {name: equal_form(configs[name], device, pairs) for name in names}
-    real = {name: with_defaults(configs[name], configs["byol"], device, rounds) for name in names}
-    byol_bytes = peak(lambda: real_step(configs["byol"], device), device)
-    views = against_lightly(size, [lesion(200, 150, seed) for seed in range(8)], pairs)["views_per_second"]
+    real = {name: with_defaults(configs[name], byol, device, rounds) for name in names}
+    byol_bytes = peak(lambda: real_step(byol, device), device)
+    lesions = [lesion(200, 150, seed) for seed in range(8)]
+    views = against_lightly(byol.data.image_size, lesions, pairs)["views_per_second"]
     return {
-        "batch": configs["byol"].train.global_batch,
-        "precision": configs["byol"].train.precision,
+        "batch": byol.train.global_batch,
+        "precision": byol.train.precision,
         "views_per_second": views,
         "equal_form": equal,
         "with_defaults": {
@@ -283,16 +285,24 @@ def _with_views(one: Mapping[str, Any], views: Mapping[str, float], batch: int) 
     return float(theirs / ours)
 
 
-def configure(name: str, overrides: Sequence[str]) -> Config:
-    """The default configuration with this objective, without mining.
+def configure(names: Sequence[str], overrides: Sequence[str]) -> tuple[dict[str, Config], Config]:
+    """The default configuration with each objective, without mining; and BYOL's, which they are compared with.
+
+    That one keeps to the paper's constants where an override is for another objective.
 
     Raises:
-        UserError: an override that the objective does not take, or that lightly has no equal of.
+        UserError: an override that an objective does not take, or that lightly has no equal of.
     """
-    fixed = f"objective.name={name}", "mining.policy=none"
-    config = load(Config, None, [f"train.global_batch={BATCH}", *overrides, *fixed])
-    refuse_unequal(config)
-    return config
+
+    def one(name: str, overrides: Sequence[str]) -> Config:
+        fixed = f"objective.name={name}", "mining.policy=none"
+        return load(Config, None, [f"train.global_batch={BATCH}", *overrides, *fixed])
+
+    configs = {name: one(name, overrides) for name in names}
+    for config in configs.values():
+        refuse_unequal(config)
+    general = [override for override in overrides if not override.startswith("objective.")]
+    return configs, configs.get("byol") or one("byol", general)
 
 
 def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -356,8 +366,7 @@ def main() -> None:
     if unknown := [name for name in names if name not in OBJECTIVES]:
         parser.error(f"--objectives {','.join(unknown)}: accepted are {', '.join(OBJECTIVES)}")
     try:
-        for name in names:
-            configure(name, options.overrides)
+        configure(names, options.overrides)
     except UserError as error:
         parser.error(str(error))
     backend = "nccl" if torch.cuda.is_available() else "gloo"

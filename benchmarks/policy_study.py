@@ -54,8 +54,7 @@ from tracekin.influence.candidates import Block, Candidates
 from tracekin.influence.gradients import Factors, gradient_factors, normalised
 from tracekin.influence.mining import Mined
 from tracekin.influence.policies import POLICIES, choose
-from tracekin.model.networks import Target
-from tracekin.objective import build_online
+from tracekin.objective import build_objective, build_online
 from tracekin.train.layers import Recorder, scaled
 from tracekin.train.optimiser import peak_lr
 from tracekin.train.schedule import lr_at
@@ -86,8 +85,11 @@ class Networks:
     """The run's networks, at any of its checkpoints."""
 
     def __init__(self, run: Config, device: torch.device) -> None:
+        if run.objective.name != "byol":
+            raise UserError(f"{run.name} was trained with objective.name={run.objective.name}; the study is of byol's.")
         self.online = build_online(run).to(device)
-        self.target = Target(self.online)
+        self.objective = build_objective(run, self.online)
+        self.target = self.objective.kept["target"]
         self.online.backbone.requires_grad_(False)  # only the heads' gradients are asked for
         self.recorder = Recorder(self.online, run.mining.layers - 1)
 

@@ -47,7 +47,7 @@ def small_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tiny(name: str, *overrides: str) -> Config:
-    return bench.configure(name, [*TINY, "train.precision=fp32", *overrides])
+    return bench.configure([name], [*TINY, "train.precision=fp32", *overrides])[0][name]
 
 
 def losses_apart(config: Config, steps: int) -> list[float]:
@@ -132,6 +132,17 @@ def test_rounds_turn_round() -> None:
     times = bench.rotate({name: lambda name=name: run.append(name) for name in "abc"}, 3)  # type: ignore[misc]
     assert "".join(run) == "abccbaabc"
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_byol_beside_others_takes_what_is_not_theirs() -> None:
+    overrides = ["objective.temperature=0.3", "model.projection=16", "mining.policy=tracin"]
+    configs, byol = bench.configure(["simclr"], overrides)
+    assert list(configs) == ["simclr"]
+    assert configs["simclr"].objective.temperature == 0.3
+    assert (byol.objective.name, byol.model.projection, byol.mining.policy) == ("byol", 16, "none")
+    with_byol, byol = bench.configure(["byol", "moco"], ["objective.tau_base=0.5"])
+    assert byol is with_byol["byol"]
+    assert byol.objective.tau_base == 0.5
 
 
 @pytest.fixture(scope="module")

@@ -90,6 +90,7 @@ def test_widths_follow_the_features_and_the_batch() -> None:
         ("name=simclr model.predictor_hidden=64", ["model.predictor_hidden=64", "simclr", "no predictor"]),
         ("name=moco model.predictor_hidden=64", ["model.predictor_hidden=64", "moco, version=2", "no predictor"]),
         ("name=byol mining.mode=eliminate", ["mining.mode=eliminate", "objective.name=byol", "simclr", "attract"]),
+        ("name=moco mining.mode=eliminate", ["mining.mode=eliminate", "mining.queue", "objective.queue=4096"]),
         ("name=moco mining.policy=tracin_cp", ["mining.policy=tracin_cp", "objective.version=3"]),
         ("name=simclr temperature=0", ["objective.temperature=0", "above 0"]),
         ("name=simclr temperature=.nan", ["objective.temperature", "above 0"]),

@@ -16,7 +16,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import pytest
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from tests.ranks import run_ranks
 from tests.train.tiny_run import BATCH, context, global_batch, miner, networks, rows_of, tiny_config
-from tracekin.config import ModelConfig, OptimiserConfig, TrainConfig
+from tracekin.config import ModelConfig, ObjectiveName, OptimiserConfig, TrainConfig
 from tracekin.data.batch import Batch
 from tracekin.distributed import collectives
 from tracekin.distributed.world import World
@@ -218,6 +218,7 @@ def test_ranks_equal_one_process_in_float64(worlds: dict[int, Any], name: str, w
 def test_the_comparison_is_not_blind(worlds: dict[int, Any]) -> None:
     """Every way of mining chooses something and moves every objective's gradient; so do the groups of batch norm."""
     one = worlds[1][0]
+    assert {options["name"] for options in OBJECTIVES.values()} == set(get_args(ObjectiveName))
     for name, how in VARIANTS:
         found, without = one[f"{name}/{how}"], one[f"{name}/none"]
         assert torch.linalg.vector_norm(found["gradients"][-1]) > 1e-3, (name, how)

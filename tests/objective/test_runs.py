@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from tests.train.same import differing
 from tests.train.test_run import metrics, stop_after, tiny_config
 from tests.train.tiny_run import tiny_backbone
 from tracekin import checkpoint, cli
-from tracekin.config import Config, ObjectiveConfig, UserError, load
+from tracekin.config import Config, ObjectiveConfig, ObjectiveName, UserError, load
 
 BATCH, STEPS, SAVED = 16, 6, 4
 """Images a step; steps of a run, three an epoch; those after which it was stopped."""
@@ -111,6 +111,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         others[name] = replace(stopped, objective=objective, mining=mining, model=widths)
     refused = run_ranks(go_on, 1, [*resumed.values(), *narrowed.values()], others)[0]
     return Runs(whole, resumed, wide, narrowed, refused, exported)
+
+
+def test_every_objective_is_here(runs: Runs) -> None:
+    assert {config.objective.name for config in runs.whole.values()} == set(get_args(ObjectiveName))
 
 
 def last(config: Config) -> Path:

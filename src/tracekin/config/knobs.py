@@ -334,6 +334,16 @@ class Config:
                 f"mining.mode=eliminate leaves mined images out of the negatives, and objective.name={objective.name}"
                 " has none; accepted: objective.name=simclr or moco, or mining.mode=attract."
             )
+        if (
+            self.mining.mode == "eliminate"
+            and self.mining.policy != "none"
+            and objective.queue
+            and not self.mining.queue
+        ):
+            raise UserError(
+                "mining.mode=eliminate mines from the batch while mining.queue=0, and moco's negatives are keys of past"
+                f" batches: set mining.queue, best to objective.queue={objective.queue}, or objective.version=3."
+            )
         if objective.queue and self.mining.policy.startswith("tracin_cp"):
             raise UserError(
                 f"mining.policy={self.mining.policy} needs each checkpoint's own keys, which moco's queue does not"
