@@ -268,7 +268,7 @@ def test_loading_leaves_the_global_generators_alone(manifest):
 def test_workers_leave_a_jobs_signals_to_the_main_process(manifest):
     before = set(multiprocessing.active_children())
     batches = stream(manifest, steps=range(12), workers=2)
-    seen = [next(batches)]
+    seen = [next(batches), next(batches)]  # one of each worker, which are then both at work
     workers = [child for child in multiprocessing.active_children() if child not in before]
     assert len(workers) == 2
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):  # from another process than the loader's
