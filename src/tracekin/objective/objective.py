@@ -40,8 +40,8 @@ class Comparison(ABC):
     def delta(self) -> Tensor:
         """[B, 2, D] gradient of (images of the global batch) x loss at the last layer's output, in closed form.
 
-        With the layer's input it makes each image's term of the batch gradient. Where ``config.own(name).each`` that is
-        the gradient of the image's own loss.
+        With the layer's input it makes each image's term of the batch gradient. For BYOL, SimSiam
+        and MoCo, whose targets and keys take no gradient, that is the gradient of the image's own loss.
         """
 
     @abstractmethod
