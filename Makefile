@@ -13,6 +13,8 @@ PYTHON ?= python3
 OVERRIDES ?=
 # Processes that train side by side.
 RANKS ?= 2
+# Processes among which `make test` deals its files; many tests start 2 to 4 ranks themselves.
+WORKERS ?= 2
 # DATA: a folder of real image archives that tests may use. SOURCE: the HAM10000 archive, a zip or a folder.
 DATA ?=
 SOURCE ?= ham10000.zip
@@ -71,7 +73,8 @@ ham10000: $(STAMP) data/ham10000/manifest.json
 	tracekin report runs/ham10000/none runs/ham10000/tracin_cosine --out runs/ham10000
 
 test: $(STAMP)
-	python -m pytest --ignore=tests/slurm $(if $(DATA),--data=$(DATA))
+	python -m pytest --ignore=tests/slurm --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder \
+	  $(if $(DATA),--data=$(DATA))
 
 faults: $(STAMP)
 	python -m pytest tests/faults --faults --quiet

@@ -80,7 +80,7 @@ def test_evaluation_reads_a_remote_split_in_order(local, tmp_path, monkeypatch):
 def test_a_copy_that_was_damaged_in_the_cache_is_fetched_again(local, tmp_path):
     with served(local) as store:
         remote = read_manifest(f"{store.url}/set/manifest.json")
-        read(remote, tmp_path / "cache")
+        fill(remote, tmp_path / "cache")
         (copy,) = [tmp_path / "cache" / shard.sha256 for shard in local.shards("train")[:1]]
         for damaged in (bytes(len(copy.read_bytes())), copy.read_bytes()[:700]):
             copy.write_bytes(damaged)
