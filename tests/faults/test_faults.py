@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.faults import FAULTS, Fault, lacking
 from tests.faults.table import table
-from tests.faults.trial import RESULTS, Chance, Lab, Result
+from tests.faults.trial import RESULTS, Chance, Lab, Result, resumed_from
 from tests.train.test_elastic import run_pairs
 
 SAME_WORLD, OTHER_WORLD = "resumed in the same world", "resumed in another world"
@@ -52,6 +52,12 @@ def test_every_pair_of_worlds(tmp_path: Path, request: pytest.FixtureRequest) ->
             result.must(not wrong, wrong)
             RESULTS[SAME_WORLD if same else OTHER_WORLD].append(result)
     assert not any(found.values()), {pair: wrong for pair, wrong in found.items() if wrong}
+
+
+def test_a_run_that_broke_after_its_last_checkpoint_lost_nothing(tmp_path: Path) -> None:
+    (tmp_path / "starts.jsonl").write_text('{"event": "start", "step": 0}\n{"event": "start", "step": 8}\n')
+    assert resumed_from(tmp_path, ["step 9/40", ""]) == 8
+    assert resumed_from(tmp_path, [f"{tmp_path} is finished: 40 of 40 steps. Nothing to do.\n", ""]) == 40
 
 
 def test_the_table_claims_what_was_seen_and_fits_a_terminal() -> None:

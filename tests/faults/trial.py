@@ -164,7 +164,7 @@ class Lab:
             result.must(set(resumed) == {0}, f"the resumed run ended with {resumed}")
             left = again.left_behind()
             result.must(not left, f"left behind: {left}")
-            result.lost = max(0, result.done - resumed_from(run))
+            result.lost = max(0, result.done - resumed_from(run, result.said_again))
         result.finished = True
         result.difference = difference(whole, run)
         result.identical = not result.difference
@@ -201,7 +201,10 @@ def last_step(run: Path) -> int:
     return max((line["step"] for line in lines(run)), default=0)
 
 
-def resumed_from(run: Path) -> int:
+def resumed_from(run: Path, said: list[str]) -> int:
+    """The step from which the last start went on, which ``said`` so; one that finds the run finished starts nothing."""
+    if any(f"is finished: {STEPS} of {STEPS} steps" in text for text in said):
+        return STEPS
     return next(int(line["step"]) for line in reversed(lines(run, "starts.jsonl")) if line["event"] == "start")
 
 
