@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tracekin.config import Config, EvaluateConfig, UserError, attribute, flat, load, to_dict, to_yaml
+from tracekin.config import SHAPING, Config, EvaluateConfig, UserError, attribute, flat, load, to_dict, to_yaml
 from tracekin.files import write_text
 from tracekin.train.checks import FREE_KEYS, FREE_SECTIONS
 
@@ -229,24 +229,29 @@ def _matches(point: Assignment, entry: Assignment) -> bool:
 def _resolve(sweep: SweepConfig, points: Sequence[Assignment]) -> list[Config]:
     """The config of each combination, put together from values that are known.
 
-    Loading takes a tenth of a second, so only where a value is met first: to have it checked and converted.
+    Loading takes a tenth of a second, so only where a value is met first, to have it checked and converted, and for
+    each combination of values that others are derived from.
     """
     load(Config, sweep.config)  # what is wrong with it alone is said without an element
     configs: list[Config] = []
     values: dict[str, Any] = {}  # key=value as written -> the value of the config
+    shaped: dict[tuple[str, ...], Config] = {}  # what others are derived from, as written -> a config of it
     for point in points:
         where = f"sweep {sweep.name}, {describe(point)}"
         written = {key: f"{key}={_text(value)}" for key, value in point.items()}
+        free = [key for key in point if not key.startswith(SHAPING)]
+        shape = tuple(text for key, text in written.items() if key not in free)
         try:
-            if configs and all(written[key] in values or _is_plain(key, point[key]) for key in point):
-                exact = {key: values.get(written[key], point[key]) for key in point}
-                configs.append(_with_values(configs[0], exact))
+            if shape in shaped and all(written[key] in values or _is_plain(key, point[key]) for key in free):
+                exact = {key: values.get(written[key], point[key]) for key in free}
+                configs.append(_with_values(shaped[shape], exact))
                 continue
             config = load(Config, sweep.config, [*sweep.overrides, *written.values()])
         except UserError as error:
             raise UserError(f"{where}: {_reason(error)}") from None
         configs.append(config)
-        values |= {written[key]: _value_of(config, key) for key in point}
+        shaped.setdefault(shape, config)
+        values |= {written[key]: _value_of(config, key) for key in free}
     return configs
 
 

@@ -56,6 +56,22 @@ def test_elements_are_what_loading_each_alone_gives(write: Any) -> None:
     assert len({element.name for element in found}) == len(found)
 
 
+def test_what_is_left_out_follows_from_each_elements_own_values(write: Any) -> None:
+    grid = {
+        "mining.policy": ["none", "tracin_cosine"],
+        "objective": {"name": ["moco", "barlow_twins"]},
+        "train.global_batch": [8, 16],
+        "model": {"backbone": ["resnet18", "resnet50"], "projection": [0, 24]},
+        "seed": [0, 1],
+    }
+    found = elements(read_sweep(write(grid=grid)))
+    for element in found:
+        assigned = [f"{key}={value}" for key, value in element.assignment.items()]
+        assert element.config == load(Config, "base.yaml", [*assigned, f"name={element.config.name}"])
+    assert {element.config.objective.queue for element in found} == {None, 128, 256}
+    assert {element.config.model.projector_hidden for element in found} == {512, 2048, 8192}
+
+
 def test_a_key_that_is_a_word_of_python_is_a_grid_key(write: Any) -> None:
     """Each way in which an element gets its values: loaded, and put together from what was loaded before."""
     grid = {"seed": [0, 1], "init": {"from": [None, "weights/a.pth"]}}

@@ -20,9 +20,10 @@ from tracekin.config.knobs import (
     TrainConfig,
 )
 from tracekin.config.loader import attribute, flat, load, shareable, to_dict, to_yaml
-from tracekin.config.objectives import ObjectiveConfig, ObjectiveName, own
+from tracekin.config.objectives import SHAPING, ObjectiveConfig, ObjectiveName, own
 
 __all__ = [
+    "SHAPING",
     "AugmentConfig",
     "Config",
     "DataConfig",

@@ -11,6 +11,9 @@ from tracekin.config.errors import UserError, require
 if TYPE_CHECKING:
     from tracekin.config.knobs import ModelConfig
 
+SHAPING = ("objective.", "model.", "train.global_batch")
+"""How keys begin from which ``resolved`` derives those that were left out."""
+
 ObjectiveName = Literal["byol", "simsiam", "simclr", "moco", "barlow_twins", "vicreg", "wmse"]
 """The self-supervised losses; the registry of tracekin.objective, one file a name."""
 
