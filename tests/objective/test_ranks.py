@@ -13,7 +13,7 @@ Shape suffixes: B images of a rank, N of all ranks or in a memory, V views, D pr
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -134,8 +134,16 @@ def through_deepspeed(world: World, name: str, stage: int) -> dict[str, Tensor]:
     }
 
 
+HARMS: dict[str, Callable[[Any], Tensor]] = {
+    "keys_NVD": lambda memory: memory.keys_NVD[3, 1].add_(1),
+    "ids_N": lambda memory: memory.ids_N.copy_(memory.ids_N.roll(1)),  # the same images in another order
+    "written": lambda memory: memory.written.add_(1),
+}
+"""By what the guard names."""
+
+
 def drifted(world: World) -> list[str]:
-    """What the guard says of ranks that remember the same, and once another rank's memory, or its count, differs."""
+    """What the guard says of ranks that remember the same, and once another rank's memory differs in HARMS."""
     online, objective = networks(torch.float32, **OBJECTIVES["moco"])
     batch = rows_of(global_batch(torch.float32), world)
     objective.remember(objective.project(batch.views, online(batch.views), 0), batch.index)
@@ -146,9 +154,9 @@ def drifted(world: World) -> list[str]:
     planned = torch.from_numpy(next(guard.rows).numbers)
     memory, said = objective.kept["memory"], []
     sound = {name: tensor.clone() for name, tensor in memory.state_dict().items()}
-    for harmed in (None, memory.keys_NVD[3, 1], memory.ids_N[5], memory.written):
-        if harmed is not None and world.rank == 2:
-            harmed += 1
+    for harm in (None, *HARMS.values()):
+        if harm is not None and world.rank == 2:
+            harm(memory)
         try:
             guard.compare(0, Batch(batch.views, planned, batch.group, batch.label))
             said.append("")
@@ -270,7 +278,7 @@ def test_the_guard_names_the_rank_whose_memory_differs(worlds: dict[int, Any]) -
     for rank in worlds[4]:
         same, *differing = rank["drifted"]["said"]
         assert same == ""
-        for said, name in zip(differing, ("keys_NVD", "ids_N", "written"), strict=True):
+        for said, name in zip(differing, HARMS, strict=True):
             assert said == f"after step 1 rank 2 differs in memory.{name}; the last checkpoint is sound."
 
 

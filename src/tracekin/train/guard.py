@@ -187,9 +187,10 @@ def samples_digest(batch: Batch, step: int, first: int) -> Tensor:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Sum of a tensor's bits as whole numbers, which no order of adding changes."""
-    flat = tensor.detach().reshape(-1)
-    return flat.view(torch.int32).sum(dtype=torch.int64)
+    """Sum of a tensor's bits as whole numbers, which no order of adding changes; each row counts by its place."""
+    rows = tensor.detach().reshape(len(tensor) if tensor.dim() else 1, -1)
+    sums = rows.view(torch.int32).sum(1, dtype=torch.int64)
+    return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum()
 
 
 def _described(wrong: Tensor, names: list[str]) -> str:
