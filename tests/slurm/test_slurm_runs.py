@@ -93,6 +93,7 @@ def test_the_same_run_with_plain_srun(cluster: Cluster, unbroken: Path) -> None:
     assert_identical(folder, unbroken)
 
 
+@pytest.mark.timeout(600)  # three starts, a minute each, and the requeues between them
 def test_a_time_limit_shorter_than_the_run_loses_nothing(cluster: Cluster, unbroken: Path) -> None:
     first, *_, last = lines(unbroken / "metrics.jsonl")
     speed = (last["step"] - first["step"]) / (last["time"] - first["time"])
