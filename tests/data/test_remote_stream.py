@@ -1,6 +1,7 @@
 """The stream over a real S3 protocol server and a failing web server: the batches of the local set, or a count."""
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,6 +68,23 @@ def test_a_set_on_s3_gives_the_batches_of_the_local_one(local, tmp_path, monkeyp
     before = len(store.requests)
     assert same(read(remote, tmp_path / "cache", range(3, 8), workers=workers), expected[3:])
     assert len(store.requests) == before
+
+
+def test_what_is_prefetched_comes_into_the_cache_and_is_asked_for_no_more(local, tmp_path):
+    with served(local) as store:
+        remote = read_manifest(f"{store.url}/set/manifest.json")
+        reader = ShardReader(remote, "train", DataConfig(cache=str(tmp_path / "cache")))
+        reader.prefetch(range(16))
+        two, rest = ({shard.sha256 for shard in part} for part in (reader.shards[:2], reader.shards[2:]))
+        until = time.monotonic() + 60
+        while not two <= {path.name for path in (tmp_path / "cache").iterdir()}:
+            assert time.monotonic() < until, "the shards did not come"
+            time.sleep(0.01)
+        assert not rest & {path.name for path in (tmp_path / "cache").iterdir()}
+        before = len(store.requests)
+        found = list(reader.contents(range(16)))
+        assert found == [ShardReader(local, "train").content(number) for number in range(16)]
+        assert len(store.requests) == before
 
 
 def test_evaluation_reads_a_remote_split_in_order(local, tmp_path, monkeypatch):
